@@ -1,0 +1,11 @@
+"""Analysis: statements about runs, with uncertainties."""
+
+from gradflow.analysis.compare import (
+    Comparison as Comparison,
+    ComparisonRow as ComparisonRow,
+    compare as compare,
+    compare_trajectories as compare_trajectories,
+)
+from gradflow.analysis.phases import Phases as Phases, phases as phases
+from gradflow.analysis.predict import Prediction as Prediction, predict as predict
+from gradflow.analysis.rates import Rate as Rate, decay_rate as decay_rate, drift as drift

@@ -1,0 +1,249 @@
+"""Decay rates and drifts along a run, with honest uncertainties."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from gradflow.analysis.boundary import optimization_end
+from gradflow.analysis.statistics import (
+    Paths,
+    check_confidence,
+    jackknife_error,
+    leave_out_means,
+    mean_with_error,
+    read_paths,
+    trapezoid_weights,
+    weighted_line,
+)
+from gradflow.trajectory import Trajectory
+
+ROUNDING = 4096.0
+"""An observable within this many units of rounding of its largest value cannot be fitted."""
+FEWEST_POINTS = 3
+"""Saved times that a fit needs: two always lie on a line."""
+CURVED = 1e-3
+"""Level of the test that says that a rate changes within its window."""
+SLIGHT = 0.02
+"""Relative change of a rate within its window that is not worth a note."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A rate per unit of flow time, with its uncertainty.
+
+    - `value`: the rate; positive for decay if `kind` is "exponential", the slope if "linear".
+    - `standard_error`: spread over replicas / sqrt(replicas); nan for a single path.
+    - `low`, `high`: Student-t interval. For a single path the range of the rates over thirds of
+      the window, which says how well a single rate describes the path.
+    - `confidence`: of the interval; `kind`: "exponential" or "linear"; `observable`: its name.
+    - `window`: first and last flow time fitted; `points`: saved times fitted.
+    - `replicas`: used; `diverged`: left out because they diverged.
+    - `per_replica`: one estimate a replica, `(replica,)`; jackknife pseudo-values for `of="mean"`.
+    - `note`: what the reader should know, such as a window cut short or a rate that changes.
+    """
+
+    value: float
+    standard_error: float
+    low: float
+    high: float
+    confidence: float
+    kind: str
+    observable: str
+    window: tuple[float, float]
+    replicas: int
+    diverged: int
+    points: int
+    per_replica: Float[np.ndarray, " replica"]
+    note: str = ""
+
+    def __str__(self) -> str:
+        what = "decay rate" if self.kind == "exponential" else "drift"
+        if np.isfinite(self.standard_error):
+            spread = f"+- {self.standard_error:.2g} ({self.confidence:.0%} interval"
+        else:
+            spread = "(one path; over thirds of the window"
+        text = (
+            f"{what} of {self.observable}: {self.value:.6g} {spread} {self.low:.6g} to "
+            f"{self.high:.6g}) per unit flow time, t = {self.window[0]:.6g} to "
+            f"{self.window[1]:.6g}, {self.replicas} replicas, {self.diverged} diverged"
+        )
+        return f"{text}; {self.note}" if self.note else text
+
+
+def decay_rate(
+    trajectory: Trajectory,
+    observable: str = "imbalance",
+    window: tuple[float, float] | None = None,
+    confidence: float = 0.95,
+    of: str = "replica",
+) -> Rate:
+    r"""Exponential decay rate $r$ of an observable, $x(t) \approx x_0 e^{-r t}$.
+
+    Least squares of $\log|x|$ on $t$, with trapezoid weights in time so that log-spaced saved
+    times do not let their cluster decide. Only the spread between independent replicas enters the
+    error, so correlation along a path does no harm.
+
+    The window ends for every replica where the first one changes sign or falls to rounding level
+    (in 64 bit about 1e-12 of its largest value). The end is common, since replicas that chose
+    their own would select.
+
+    **Arguments:**
+
+    - `trajectory`: the run; diverged replicas are left out and counted.
+    - `observable`: name of a recorded scalar observable.
+    - `window`: first and last flow time; None for all from the end of the optimization phase on.
+    - `confidence`: of the interval.
+    - `of`: "replica" fits every replica and averages the rates: the rate of a typical path.
+      "mean" fits the mean over replicas: the rate of $E x$, with a jackknife error. Under
+      multiplicative noise the two differ.
+
+    **Returns:** a `Rate`.
+
+    **Raises:** `ValueError` if the observable is missing or too few usable times remain.
+    """
+    if of not in ("replica", "mean"):
+        raise ValueError(f'of must be "replica" or "mean"; got {of!r}')
+    check_confidence(confidence)
+    paths = read_paths(trajectory, observable)
+    used = _window_indices(trajectory, paths.time, window)
+    mean = of == "mean" and not paths.single
+    values = paths.values
+    if mean:
+        values = np.concatenate(
+            [values.mean(axis=0)[None], leave_out_means(values, paths.replicas)]
+        )
+        error = jackknife_error(values[1:])
+        lost = np.abs(values[0]) <= 3.0 * error
+    else:
+        largest = np.abs(values[:, : used[-1] + 1]).max(axis=1, keepdims=True)
+        flipped = np.sign(values) != np.sign(values[:, used[:1]])
+        lost = (flipped | (np.abs(values) <= ROUNDING * paths.precision * largest)).any(axis=0)
+    used, note = _cut_short(paths, used, lost, mean)
+    time, logs = paths.time[used], np.log(np.abs(values[:, used]))
+    rates = -_slopes(time, logs)
+    if mean:
+        rates = paths.replicas * rates[0] - (paths.replicas - 1) * rates[1:]
+        logs = logs[:1]
+    return _summary(paths, rates, -1.0, time, logs, "exponential", confidence, note)
+
+
+def drift(
+    trajectory: Trajectory,
+    observable: str = "imbalance",
+    window: tuple[float, float] | None = None,
+    confidence: float = 0.95,
+) -> Rate:
+    r"""Linear drift $dx/dt$ of an observable: the slope of $x$ on $t$.
+
+    Fitted as in `decay_rate`, but to $x$ itself; the mean of the slopes is the slope of the mean.
+
+    **Arguments:** as for `decay_rate`.
+
+    **Returns:** a `Rate` of kind "linear"; positive if the observable grows.
+
+    **Raises:** `ValueError` if the observable is missing or the window holds too few saved times.
+    """
+    check_confidence(confidence)
+    paths = read_paths(trajectory, observable)
+    used = _window_indices(trajectory, paths.time, window)
+    time, values = paths.time[used], paths.values[:, used]
+    return _summary(paths, _slopes(time, values), 1.0, time, values, "linear", confidence, "")
+
+
+def _window_indices(
+    trajectory: Trajectory, time: Float[np.ndarray, " time"], window: tuple[float, float] | None
+) -> np.ndarray:
+    if window is None:
+        boundary = optimization_end(trajectory)
+        if not np.isfinite(boundary.time):
+            raise ValueError(
+                f"no end of the optimization phase to start from ({boundary.reason}); pass "
+                "window=(t_start, t_stop)"
+            )
+        start, stop = boundary.time, float(time[-1])
+    else:
+        start, stop = float(window[0]), float(window[1])
+        if not start < stop:
+            raise ValueError(
+                f"window must be (t_start, t_stop) with t_start < t_stop; got {window}"
+            )
+    slack = 1e-9 * abs(float(time[-1]))
+    used = np.flatnonzero((time >= start - slack) & (time <= stop + slack))
+    if used.size < FEWEST_POINTS:
+        raise ValueError(
+            f"window ({start:.6g}, {stop:.6g}) holds {used.size} saved times and a rate needs "
+            f"{FEWEST_POINTS}; widen it within 0 to {time[-1]:.6g}, or save more times"
+        )
+    return used
+
+
+def _cut_short(
+    paths: Paths, used: np.ndarray, lost: np.ndarray, mean: bool
+) -> tuple[np.ndarray, str]:
+    """The window up to the first time whose logarithm means nothing, and a note if it is cut."""
+    bad = np.flatnonzero(lost[used])
+    if bad.size == 0:
+        return used, ""
+    at = float(paths.time[used[bad[0]]])
+    whose = "its mean" if mean else "a replica" if not paths.single else "it"
+    how = "is within 3 standard errors of 0" if mean else "changes sign or falls to rounding level"
+    if bad[0] < FEWEST_POINTS:
+        raise ValueError(
+            f"observable {paths.observable!r}: {whose} {how} at t = {at:.6g}, which leaves "
+            f"{bad[0]} of {used.size} saved times of the window; choose an earlier window, or "
+            "drift() for an observable that crosses 0"
+        )
+    return used[: bad[0]], f"window ends before t = {at:.6g}, where {whose} {how}"
+
+
+def _slopes(
+    time: Float[np.ndarray, " time"], values: Float[np.ndarray, "row time"]
+) -> Float[np.ndarray, " row"]:
+    return weighted_line(time, values, trapezoid_weights(time))[1]
+
+
+def _summary(
+    paths: Paths,
+    rates: Float[np.ndarray, " replica"],
+    sign: float,
+    time: Float[np.ndarray, " time"],
+    values: Float[np.ndarray, "row time"],
+    kind: str,
+    confidence: float,
+    note: str,
+) -> Rate:
+    value, error, low, high = mean_with_error(rates, confidence)
+    if paths.single:
+        edges = np.linspace(time[0], time[-1], 4)
+        thirds = sign * np.diff(np.interp(edges, time, values[0])) / np.diff(edges)
+        low, high = min(float(thirds.min()), value), max(float(thirds.max()), value)
+    else:
+        note = "; ".join(filter(None, [note, _bend(time, values, sign)]))
+    window = (float(time[0]), float(time[-1]))
+    counts = (paths.replicas, paths.diverged, time.size)
+    summary = (value, error, low, high, confidence, kind, paths.observable, window)
+    return Rate(*summary, *counts, per_replica=rates, note=note)
+
+
+def _bend(
+    time: Float[np.ndarray, " time"], values: Float[np.ndarray, "row time"], sign: float
+) -> str:
+    """A note if the rate in the second half of the window differs from that in the first."""
+    half = int(np.searchsorted(time, 0.5 * (time[0] + time[-1])))
+    if min(half, time.size - half) < FEWEST_POINTS or len(values) < 2:
+        return ""
+    early = sign * _slopes(time[:half], values[:, :half])
+    late = sign * _slopes(time[half:], values[:, half:])
+    change = late - early
+    typical = max(abs(early.mean()), abs(late.mean()))
+    error = change.std(ddof=1) / np.sqrt(change.size)
+    if abs(change.mean()) <= max(
+        SLIGHT * typical, stats.t.isf(CURVED / 2, change.size - 1) * error
+    ):
+        return ""
+    return (
+        f"the rate is not constant: {early.mean():.4g} in the first half of the window, "
+        f"{late.mean():.4g} in the second"
+    )

@@ -1,0 +1,135 @@
+"""Second moments: the checks on given ones and the quantities derived from them."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+ASYMMETRY = 1e-10
+"""Largest tolerated asymmetry or negative eigenvalue of a moment matrix, relative to its size."""
+
+SINGLE_PRECISION_ASYMMETRY = 1e-5
+
+
+class Derived(NamedTuple):
+    """What every dynamics needs of the moments, computed once."""
+
+    eigenvalues: Float[np.ndarray, " d_in"]
+    eigenvectors: Float[np.ndarray, "d_in d_in"]
+    residual_sqrt: Float[np.ndarray, "d_out d_out"]
+    best_map: Float[np.ndarray, "d_out d_in"]
+
+
+def derive(
+    sxx: Float[np.ndarray, "d_in d_in"],
+    syx: Float[np.ndarray, "d_out d_in"],
+    syy: Float[np.ndarray, "d_out d_out"],
+    x: Float[np.ndarray, "n d_in"] | None = None,
+    y: Float[np.ndarray, "n d_out"] | None = None,
+) -> Derived:
+    r"""Eigenvectors of $\Sigma_{xx}$, the best linear map and the root of the residual covariance.
+
+    With $B = \Sigma_{yx}\Sigma_{xx}^+$ the residual covariance is $\mathbb E[ee^\top]$ of
+    $e = y - Bx$, over the samples if there are any, else from the moments as
+    $\Sigma_{yy} - B\Sigma_{xy} - \Sigma_{yx}B^\top + B\Sigma_{xx}B^\top$. Its error is of second
+    order in the error of $B$.
+    """
+    eigenvalues, eigenvectors = eigh(sxx)
+    kept = eigenvalues > 0
+    basis = eigenvectors[:, kept]
+    best_map = (syx @ basis / eigenvalues[kept]) @ basis.T
+    if x is not None and y is not None:
+        error = y - x @ best_map.T
+        residual = error.T @ error / len(x)
+    else:
+        explained = best_map @ syx.T
+        residual = syy - explained - explained.T + best_map @ sxx @ best_map.T
+    # Noiseless data leave rounding errors of the size of syy, not of the residual.
+    spread, axes = eigh(symmetrized(residual), scale=float(np.abs(syy).max()))
+    return Derived(eigenvalues, eigenvectors, (axes * np.sqrt(spread)) @ axes.T, best_map)
+
+
+def eigh(
+    matrix: Float[np.ndarray, "d d"], scale: float | None = None
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
+    """Eigenvalues (ascending, those within rounding of zero set to 0) and eigenvectors.
+
+    "Within rounding" is below `100 d eps` times `scale`, by default the largest eigenvalue; `eps`
+    is that of the floating-point type JAX computes in.
+    """
+    eigenvalues, eigenvectors = np.linalg.eigh(matrix)
+    largest = eigenvalues[-1] if scale is None else scale
+    cutoff = 100 * len(matrix) * np.finfo(working_dtype()).eps * largest
+    return np.where(eigenvalues > max(cutoff, 0.0), eigenvalues, 0.0), eigenvectors
+
+
+def working_dtype() -> np.dtype:
+    """The floating-point type JAX computes in: float64, or float32 with 64-bit switched off."""
+    return np.dtype(jax.dtypes.canonicalize_dtype(np.float64))
+
+
+def symmetrized(matrix: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
+    """The symmetric part of a matrix."""
+    return (matrix + matrix.T) / 2
+
+
+def check_covariance(matrix: Float[np.ndarray, "d d"], field: str, tolerance: float) -> None:
+    """Check that a matrix is symmetric and positive semidefinite.
+
+    **Raises:** `ValueError` with the worst pair of entries or the negative eigenvalue.
+    """
+    asymmetry = np.abs(matrix - matrix.T)
+    i, j = (int(k) for k in np.unravel_index(asymmetry.argmax(), matrix.shape))
+    if asymmetry[i, j] > tolerance * np.abs(matrix).max():
+        raise ValueError(
+            f"{field}: is not symmetric, entry ({i}, {j}) is {matrix[i, j]} but ({j}, {i}) is "
+            f"{matrix[j, i]}; pass ({field} + {field}.T) / 2."
+        )
+    smallest = np.linalg.eigvalsh(symmetrized(matrix))[0]
+    if smallest < -tolerance * np.abs(matrix).max():
+        raise ValueError(
+            f"{field}: is not a covariance, its smallest eigenvalue is {smallest:.6g}; "
+            "second moments E[v v^T] have no negative eigenvalue."
+        )
+
+
+def check_range(
+    sxx: Float[np.ndarray, "d_in d_in"], syx: Float[np.ndarray, "d_out d_in"], tolerance: float
+) -> None:
+    """Check that targets correlate only with inputs that vary: `syx` lies in the range of `sxx`.
+
+    **Raises:** `ValueError` with the size of the part that does not.
+    """
+    eigenvalues, eigenvectors = eigh(sxx)
+    null = eigenvectors[:, eigenvalues == 0]
+    outside = float(np.abs(syx @ null).max(initial=0.0))
+    if outside > tolerance * np.abs(syx).max():
+        raise ValueError(
+            f"data.syx: has a part of size {outside:.6g} outside the range of sxx (rank "
+            f"{null.shape[0] - null.shape[1]} of {null.shape[0]}): the targets correlate with "
+            "inputs that never occur; correct sxx, project syx onto its range, or rescale inputs "
+            "of very different size."
+        )
+
+
+def check_joint(
+    sxx: Float[np.ndarray, "d_in d_in"],
+    syx: Float[np.ndarray, "d_out d_in"],
+    syy: Float[np.ndarray, "d_out d_out"],
+    tolerance: float,
+) -> None:
+    """Check that `[[sxx, sxy], [syx, syy]]` is a possible moment matrix of inputs and targets.
+
+    **Raises:** `ValueError` with the smallest eigenvalue of the joint correlation matrix.
+    """
+    joint = np.block([[sxx, syx.T], [syx, syy]])
+    size = np.sqrt(np.maximum(np.diag(joint), 0.0))
+    size[size == 0] = 1.0
+    smallest = np.linalg.eigvalsh(joint / size / size[:, None])[0]
+    if smallest < -tolerance:
+        raise ValueError(
+            f"data.syy: the joint moments [[sxx, sxy], [syx, syy]] have a negative eigenvalue "
+            f"({smallest:.6g} once scaled to unit diagonal), so no data have them; syy must be at "
+            "least syx sxx^-1 sxy. Leave syy out for noiseless targets."
+        )

@@ -1,0 +1,152 @@
+"""What a dynamics is, and how an ensemble is stepped in blocks of noise."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
+
+from gradflow.problem import Problem
+from gradflow.types import Scalar, Weights
+
+DIVERGENCE_FACTOR = 1e12
+"""A replica has diverged once |W|^2 exceeds this multiple of 1 + |W(0)|^2 (or is not finite)."""
+
+BLOCK_BYTES = 2**22
+"""Noise drawn at once: about the size of the second-level cache."""
+
+
+class State(eqx.Module):
+    """What a dynamics carries from one time to the next; every array ends in the path axis.
+
+    - `weights`: the layers, `(d_i, d_{i-1}, R)`; a diverged replica is NaN, and stays so.
+    - `memory`: what else the dynamics needs: velocities, the next step length.
+    - `noise`: the current block of random numbers, `(K, ..., R)`.
+    - `limit`: the squared norm at which a replica counts as diverged, `(R,)`.
+    """
+
+    weights: Weights
+    memory: Any
+    noise: Any
+    limit: Float[Array, " paths"]
+
+
+class AbstractDynamics(eqx.Module):
+    """A way to move the weights.
+
+    Marks are the dynamics' own clock: integers (steps of the grid) for a gridded dynamics, flow
+    time for an adaptive one. `step_size` is the step size $h$ of the discrete training that the
+    dynamics is or describes; None if it has none.
+    """
+
+    step_size: eqx.AbstractVar[Any]
+
+    @property
+    @abc.abstractmethod
+    def ticks_per_step(self) -> int | None:
+        """Grid steps per step of size $h$; None for an adaptive dynamics."""
+
+    @abc.abstractmethod
+    def is_random(self, problem: Problem) -> bool:
+        """Whether replicas from one network differ on this problem."""
+
+    @abc.abstractmethod
+    def check(self, problem: Problem, weights: Weights) -> None:
+        """Raise or warn, before anything is computed, about what cannot go well."""
+
+    @abc.abstractmethod
+    def init(self, problem: Problem, weights: Weights, block: int) -> State:
+        """The state at mark 0 of an ensemble; `weights` end in the path axis."""
+
+    @abc.abstractmethod
+    def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
+        """Shapes of the random numbers of one step of one path, as `jax.eval_shape` gives them."""
+
+    @abc.abstractmethod
+    def advance(
+        self,
+        problem: Problem,
+        state: State,
+        start: Array,
+        stop: Array,
+        key: UInt32[Array, "2"],
+        paths: UInt32[Array, " paths"],
+        block: int,
+    ) -> State:
+        """The state at mark `stop`, from that at mark `start`."""
+
+
+def over_paths(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Apply a function of one path's arrays to ensembles: the path axis comes last."""
+    return jax.vmap(function, in_axes=-1, out_axes=-1)
+
+
+def widths_of(weights: Weights) -> tuple[int, ...]:
+    """The widths $(d_0, ..., d_N)$ of layers with or without a path axis."""
+    return (weights[0].shape[1], *(w.shape[0] for w in weights))
+
+
+def squared_norm(weights: Weights) -> Scalar:
+    r"""$\\sum_i |W_i|^2$ of one path."""
+    return sum((jnp.sum(w * w) for w in weights), start=jnp.zeros((), weights[0].dtype))
+
+
+def divergence_limit(weights: Weights) -> Float[Array, " paths"]:
+    """The squared norm at which each path counts as diverged."""
+    return DIVERGENCE_FACTOR * (1.0 + over_paths(squared_norm)(weights))
+
+
+def bury(weights: Weights, limit: Scalar) -> Weights:
+    """NaN for a path whose squared norm passed the limit, the weights themselves otherwise."""
+    alive = squared_norm(weights) < limit
+    return tuple(jnp.where(alive, w, jnp.nan) for w in weights)
+
+
+def block_length(shapes: Any, paths: int) -> int:
+    """Steps of noise drawn at once so that a block fits the cache: a power of two, 1 to 256."""
+    per_step = sum(
+        int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)
+    )
+    fitting = BLOCK_BYTES // max(per_step * paths, 1)
+    return int(2 ** np.clip(np.floor(np.log2(max(fitting, 1))), 0, 8))
+
+
+def advance_in_blocks(
+    state: State,
+    start: Int[Array, ""],
+    stop: Int[Array, ""],
+    block: int,
+    draw: Callable[[Array], Any],
+    run: Callable[[State, Array, Array], State],
+) -> State:
+    """Step from `start` to `stop`, drawing noise at every multiple of `block`.
+
+    **Arguments:**
+
+    - `draw`: the random numbers of the block that starts at the given step.
+    - `run`: the state after the steps `first` to `last` (excluded) *within* the current block,
+        whose noise is `state.noise`.
+    """
+
+    def unfinished(carry: tuple[Array, State]) -> Array:
+        step, state = carry
+        return (step < stop) & jnp.any(jnp.isfinite(state.weights[0][0, 0]))
+
+    def one_block(carry: tuple[Array, State]) -> tuple[Array, State]:
+        step, state = carry
+        first = step % block
+        noise = jax.lax.cond(first == 0, lambda: draw(step), lambda: state.noise)
+        state = eqx.tree_at(lambda s: s.noise, state, noise, is_leaf=lambda x: x is None)
+        last = jnp.minimum(block, first + stop - step)
+        return step + last - first, run(state, first, last)
+
+    return jax.lax.while_loop(unfinished, one_block, (start, state))[1]
+
+
+def empty_noise(shapes: Any, block: int, paths: int) -> Any:
+    """A block of zeros to carry before the first draw."""
+    return jax.tree.map(lambda leaf: jnp.zeros((block, *leaf.shape, paths), leaf.dtype), shapes)

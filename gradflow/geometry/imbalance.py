@@ -1,0 +1,40 @@
+"""Layer imbalance: what gradient flow conserves and noise destroys."""
+
+import itertools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gradflow.network import DeepLinear
+from gradflow.types import Scalar, Weights
+
+
+def balancedness(net: DeepLinear) -> list[Float[Array, "_ _"]]:
+    r"""The matrices $G_i = W_{i+1}^\top W_{i+1} - W_i W_i^\top$, $i = 1..N-1$, each `(d_i, d_i)`.
+
+    Gradient flow of any loss of the end-to-end matrix conserves every $G_i$; $\mathrm{tr}\, G_i =
+    |W_{i+1}|^2 - |W_i|^2$ (Arora, Cohen, Hazan 2018; Du, Hu, Lee 2018). Empty at depth 1.
+    """
+    return gram_differences(net.weights)
+
+
+def squared_norms(net: DeepLinear) -> Float[Array, " depth"]:
+    r"""The squared Frobenius norms $(|W_1|^2, ..., |W_N|^2)$, `(N,)`."""
+    return jnp.stack([jnp.sum(w * w) for w in net.weights])
+
+
+def imbalance(net: DeepLinear) -> Scalar:
+    r"""The layer imbalance $D(W) = \max_{ij} |\,|W_i|^2 - |W_j|^2\,|$ (Ginsburg 2020).
+
+    In units of squared weights; 0 at depth 1.
+    """
+    norms = squared_norms(net)
+    return jnp.max(norms) - jnp.min(norms)
+
+
+def gram_differences(layers: Weights) -> list[Float[Array, "_ _"]]:
+    r"""$V_{i+1}^\top V_{i+1} - V_i V_i^\top$ for layer-shaped arrays $V$: weights or gradients.
+
+    With gradients $g$, $h^2$ times this is the change of $G_i$ in one step of gradient descent.
+    """
+    return [above.T @ above - below @ below.T for below, above in itertools.pairwise(layers)]

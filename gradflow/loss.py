@@ -1,0 +1,97 @@
+"""Loss, gradients and the end-to-end gradient of deep linear regression."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gradflow.data import Regression
+from gradflow.network import DeepLinear, end_to_end
+from gradflow.types import EndToEnd, Scalar, Weights
+
+
+def pull_back(weights: Weights, m: EndToEnd) -> Weights:
+    r"""The gradient with respect to every layer of a function of $P$ with gradient $M$.
+
+    $$g_i = A_i^\top M B_i^\top, \quad A_i = W_N \cdots W_{i+1}, \quad B_i = W_{i-1} \cdots W_1.$$
+
+    `m` is `(d_N, d_0)`; $g_i$ has the shape of $W_i$.
+    """
+    above = [m]  # A_i^T M, last layer first
+    for w in reversed(weights[1:]):
+        above.append(w.T @ above[-1])
+    above.reverse()
+    gradients = [above[0]]
+    below = None  # B_i, the identity for the first layer is never formed
+    for w, left in zip(weights[:-1], above[1:], strict=True):
+        below = w if below is None else w @ below
+        gradients.append(left @ below.T)
+    return tuple(gradients)
+
+
+def push_forward(weights: Weights, tangent: Weights) -> EndToEnd:
+    r"""The change of the end-to-end matrix $dP = \sum_i A_i V_i B_i$ under a change $V$."""
+    return jax.jvp(end_to_end, (weights,), (tangent,))[1]
+
+
+def moment_loss(
+    p: EndToEnd,
+    sxx: Float[Array, "d_in d_in"],
+    syx: EndToEnd,
+    syy: Float[Array, "d_out d_out"],
+) -> Scalar:
+    r"""$\tfrac12 \mathrm{tr}(P S P^\top) - \langle P, Y\rangle + \tfrac12 \mathrm{tr} S_{yy}$."""
+    return 0.5 * jnp.sum((p @ sxx) * p) - jnp.sum(p * syx) + 0.5 * jnp.trace(syy)
+
+
+def end_to_end_gradient(net: DeepLinear, data: Regression) -> EndToEnd:
+    r"""$M = \partial L / \partial P = P S - Y$, `(d_N, d_0)`, with $S = S_{xx}$, $Y = S_{yx}$."""
+    _check_match(net, data)
+    return net.end_to_end @ data.sxx - data.syx
+
+
+def loss(net: DeepLinear, data: Regression) -> Scalar:
+    r"""The regression loss $L = \tfrac12 E|W_N \cdots W_1 x - y|^2$.
+
+    A mean over the samples of a finite sample, an expectation for population data; a loss without
+    the 1/2 is a step size of twice the size.
+
+    **Raises:** `ValueError` if the widths of network and data differ.
+    """
+    _check_match(net, data)
+    return moment_loss(net.end_to_end, data.sxx, data.syx, data.syy)
+
+
+def gradient(net: DeepLinear, data: Regression) -> Weights:
+    r"""The gradient of `loss` with respect to every layer, $g_i = A_i^\top M B_i^\top$.
+
+    **Raises:** `ValueError` if the widths of network and data differ.
+    """
+    return pull_back(net.weights, end_to_end_gradient(net, data))
+
+
+def per_sample_gradients(net: DeepLinear, data: Regression) -> Weights:
+    r"""The gradient of every sample's loss $\tfrac12 |f(x_k) - y_k|^2$, each `(n, d_i, d_{i-1})`.
+
+    $g_i^{(k)} = A_i^\top e_k x_k^\top B_i^\top$ with $e_k = P x_k - y_k$; their mean over $k$ is
+    `gradient`.
+
+    **Raises:** `ValueError` for population data, which have no samples.
+    """
+    _check_match(net, data)
+    if data.x is None or data.y is None:
+        raise ValueError(
+            "data: population data have no samples, so no per-sample gradients; build the data "
+            "with Regression.from_samples(x, y)."
+        )
+    errors = data.x @ net.end_to_end.T - data.y
+    outer = errors[:, :, None] * data.x[:, None, :]
+    return jax.vmap(pull_back, in_axes=(None, 0))(net.weights, outer)
+
+
+def _check_match(net: DeepLinear, data: Regression) -> None:
+    d_out, d_in = data.syx.shape
+    if net.widths[0] != d_in or net.widths[-1] != d_out:
+        raise ValueError(
+            f"net: widths {net.widths} do not fit the data with {d_in} inputs and {d_out} targets; "
+            f"the first width must be {d_in} and the last {d_out}."
+        )

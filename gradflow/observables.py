@@ -1,0 +1,223 @@
+"""What can be watched along a run: named functions of network and problem."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from gradflow.dynamics.base import AbstractDynamics, over_paths
+from gradflow.dynamics.descent import GradientDescent
+from gradflow.geometry.curvature import hessian_trace, sharpness
+from gradflow.geometry.imbalance import gram_differences, imbalance, squared_norms
+from gradflow.loss import loss
+from gradflow.network import DeepLinear
+from gradflow.problem import Problem
+from gradflow.theory.drift import imbalance_drift
+from gradflow.theory.floor import noise_floor, slaved_residual, weight_decay_plateau
+from gradflow.types import Scalar, Weights
+
+
+class Observable(eqx.Module):
+    """A quantity evaluated along a run.
+
+    **Arguments:**
+
+    - `name`: what it is called in trajectories, spec files and figures.
+    - `long_name`, `units`: for labels; units in powers of `weight`, `loss`, `time`.
+    - `evaluate`: function of (network, problem, dynamics) giving an array.
+    - `dims`: names of the array's axes, () for a number. `layer`, `pair` and `width_i` are known.
+    """
+
+    name: str = eqx.field(static=True)
+    long_name: str = eqx.field(static=True)
+    units: str = eqx.field(static=True)
+    evaluate: Callable[[DeepLinear, Problem, AbstractDynamics], Array] = eqx.field(static=True)
+    dims: tuple[str, ...] = eqx.field(static=True, default=())
+
+
+ObservableSpec: TypeAlias = (
+    Sequence[str | Observable] | Mapping[str, Callable[[DeepLinear, Problem], Array]]
+)
+
+
+def _is_discrete(dynamics: AbstractDynamics) -> bool:
+    return isinstance(dynamics, GradientDescent)
+
+
+def _step(dynamics: AbstractDynamics) -> Scalar:
+    h = dynamics.step_size
+    return jnp.zeros(()) if h is None else h
+
+
+def _excess_loss(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
+    moment = problem.input_moment
+    deviation = net.end_to_end @ moment - problem.data.syx
+    return 0.5 * jnp.sum((deviation @ jnp.linalg.pinv(moment, hermitian=True)) * deviation)
+
+
+def _loss_floor(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
+    momentum = dynamics.momentum if isinstance(dynamics, GradientDescent) else None
+    plateau = weight_decay_plateau(problem, net.weights)
+    if not dynamics.is_random(problem):
+        return plateau
+    noise = noise_floor(problem, net.weights, _step(dynamics), _is_discrete(dynamics), momentum)
+    return plateau + noise
+
+
+def _deviation(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
+    m = net.end_to_end @ problem.input_moment - problem.data.syx
+    return jnp.linalg.norm(m - slaved_residual(problem, net.weights))
+
+
+def _imbalance_drift(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
+    if isinstance(dynamics, GradientDescent) and dynamics.momentum is not None:
+        raise ValueError(
+            "observables: imbalance_drift is the exact one-step drift of plain SGD and does not "
+            "hold with momentum; leave it out or use GradientDescent(step_size, momentum=0.0)."
+        )
+    h = _step(dynamics) if dynamics.is_random(problem) or _is_discrete(dynamics) else 0.0
+    return imbalance_drift(problem, net.weights, h, _is_discrete(dynamics))
+
+
+def _gradient_norm(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
+    return jnp.sqrt(sum(jnp.sum(g * g) for g in problem.averaged_gradient(net.weights)))
+
+
+def _balancedness_traces(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
+    return jnp.diff(squared_norms(net))
+
+
+def _balancedness_norms(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
+    norms = [jnp.linalg.norm(g) for g in gram_differences(net.weights)]
+    return jnp.stack(norms) if norms else jnp.zeros((0,), net.weights[0].dtype)
+
+
+BUILT_IN: dict[str, Observable] = {
+    o.name: o
+    for o in (
+        Observable("loss", "loss L", "loss", lambda n, p, d: loss(n, p.data)),
+        Observable(
+            "averaged_loss",
+            "averaged loss, penalties included",
+            "loss",
+            lambda n, p, d: p.averaged_loss(n.weights),
+        ),
+        Observable("excess_loss", "excess loss over its minimum", "loss", _excess_loss),
+        Observable("loss_floor", "loss floor of the regularization phase", "loss", _loss_floor),
+        Observable("slaved_deviation", "deviation |M - M_slow|", "loss/weight", _deviation),
+        Observable(
+            "slaved_residual",
+            "slaved residual |M_slow|",
+            "loss/weight",
+            lambda n, p, d: jnp.linalg.norm(slaved_residual(p, n.weights)),
+        ),
+        Observable("imbalance", "imbalance D(W)", "weight^2", lambda n, p, d: imbalance(n)),
+        Observable("imbalance_drift", "expected drift dD/dt", "weight^2/time", _imbalance_drift),
+        Observable(
+            "squared_norms",
+            "squared norm |W_i|^2",
+            "weight^2",
+            lambda n, p, d: squared_norms(n),
+            ("layer",),
+        ),
+        Observable(
+            "balancedness_trace",
+            "trace of G_i",
+            "weight^2",
+            _balancedness_traces,
+            ("pair",),
+        ),
+        Observable("balancedness_norm", "norm of G_i", "weight^2", _balancedness_norms, ("pair",)),
+        Observable(
+            "hessian_trace",
+            "Hessian trace tr H",
+            "loss/weight^2",
+            lambda n, p, d: hessian_trace(n, p.data),
+        ),
+        Observable(
+            "sharpness",
+            "sharpness, largest Hessian eigenvalue",
+            "loss/weight^2",
+            lambda n, p, d: sharpness(n, p.data),
+        ),
+        Observable("gradient_norm", "norm of the averaged gradient", "loss/weight", _gradient_norm),
+        Observable(
+            "end_to_end",
+            "end-to-end matrix P",
+            "target/input",
+            lambda n, p, d: n.end_to_end,
+            ("width_out", "width_in"),
+        ),
+    )
+}
+"""The observables known by name."""
+
+DEFAULT = ("loss", "excess_loss", "imbalance", "squared_norms")
+"""What is recorded unless asked otherwise: cheap for every size of network."""
+
+
+def resolve(spec: ObservableSpec | None) -> tuple[Observable, ...]:
+    """The observables of a specification.
+
+    **Arguments:**
+
+    - `spec`: names of built-in observables and `Observable` objects, or a mapping from names to
+        functions of (network, problem), or None for the default set.
+
+    **Raises:** `ValueError` for an unknown name, listing the known ones.
+    """
+    if spec is None:
+        spec = DEFAULT
+    if isinstance(spec, Mapping):
+        return tuple(
+            BUILT_IN[name]
+            if fn is None
+            else Observable(name, name, "1", _of_network_and_problem(fn), ())
+            for name, fn in spec.items()
+        )
+    if isinstance(spec, str):
+        raise TypeError(f"observables must be a list of names; got the string {spec!r}.")
+    chosen = []
+    for item in spec:
+        if isinstance(item, Observable):
+            chosen.append(item)
+        elif item in BUILT_IN:
+            chosen.append(BUILT_IN[item])
+        else:
+            raise ValueError(
+                f"observables: {item!r} is not known; choose from {', '.join(BUILT_IN)}, or give "
+                "a mapping {name: function of (network, problem)}."
+            )
+    names = [o.name for o in chosen]
+    doubled = sorted({n for n in names if names.count(n) > 1})
+    if doubled:
+        raise ValueError(f"observables: {', '.join(doubled)} asked for more than once.")
+    return tuple(chosen)
+
+
+@functools.lru_cache(maxsize=256)  # one wrapper a function, so that a second run does not recompile
+def _of_network_and_problem(
+    function: Callable[[DeepLinear, Problem], Any],
+) -> Callable[[DeepLinear, Problem, AbstractDynamics], Array]:
+    def evaluate(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
+        return jnp.asarray(function(net, problem))
+
+    return evaluate
+
+
+def observe(
+    observables: Sequence[Observable],
+    weights: Weights,
+    problem: Problem,
+    dynamics: AbstractDynamics,
+) -> dict[str, Array]:
+    """Every observable of every path; arrays end in the path axis."""
+
+    def one(w: Weights) -> dict[str, Array]:
+        net = DeepLinear(w)
+        return {o.name: o.evaluate(net, problem, dynamics) for o in observables}
+
+    return over_paths(one)(weights)

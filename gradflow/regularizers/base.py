@@ -1,0 +1,209 @@
+r"""What a regularizer is: one mechanism with three faces.
+
+1. *sampled*: how one draw perturbs the forward pass; discrete SGD uses its exact gradient;
+2. *averaged*: its part of the exact expected loss, which drives the flows;
+3. *diffusion*: a factor $B(W)$ with $B B^\top$ the covariance of the stochastic gradient.
+
+The mechanisms differ in *where* they act, and each place has its own abstract class: a penalty on
+the weights, the choice of the batch, noise on the data, noise inside the network. The faces of any
+combination are assembled from these pieces in `sampled.py`, `averaged.py` and `diffusion.py`.
+"""
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Float
+
+from gradflow.data import Regression
+from gradflow.streams import Stream
+from gradflow.types import EndToEnd, Scalar, Weights
+
+
+def as_parameter(value: ArrayLike) -> Scalar:
+    """A rate or level as an array, so that a sweep over it does not recompile."""
+    return jnp.asarray(value, jnp.result_type(float))
+
+
+def check_nonnegative(name: str, value: Array) -> None:
+    """Raise a `ValueError` that names the field unless `value` is a finite number >= 0.
+
+    Traced values pass: they were checked when they were concrete.
+    """
+    if value.ndim != 0:
+        raise ValueError(f"{name} must be a single number; got shape {value.shape}.")
+    if isinstance(value, Tracer):
+        return
+    number = float(value)
+    if not (np.isfinite(number) and number >= 0.0):
+        raise ValueError(f"{name} must be a finite number >= 0; got {number}.")
+
+
+class NoiseMoments(eqx.Module):
+    r"""The moments at the current weights from which every data noise builds its diffusion factor.
+
+    With $e = P x - y = M S^{-1} x + \eta$ the error splits into a part carried by the input and a
+    residual $\eta$ uncorrelated with it, whose covariance $\Sigma_\eta$ does not depend on $W$.
+
+    - `p`: end-to-end matrix, `(d_N, d_0)`; `m`: clean gradient $M = P S - Y$, `(d_N, d_0)`.
+    - `root`: $S^{1/2}$; `inverse_root`: $S^{-1/2}$ on the range of $S$.
+    - `noisy_root`: $(S + \sigma^2 I)^{1/2}$ with the total input noise variance $\sigma^2$.
+    - `residual_root`: $\Sigma_\eta^{1/2}$, `(d_N, d_N)`.
+    - `batch`: number of samples whose noise is averaged in one step.
+    - `data`: the regression data.
+    """
+
+    p: EndToEnd
+    m: EndToEnd
+    root: Float[Array, "d_in d_in"]
+    inverse_root: Float[Array, "d_in d_in"]
+    noisy_root: Float[Array, "d_in d_in"]
+    residual_root: Float[Array, "d_out d_out"]
+    batch: Scalar
+    data: Regression
+
+
+class AbstractRegularizer(eqx.Module):
+    """One mechanism that moves training along the minima manifold."""
+
+    @property
+    @abc.abstractmethod
+    def is_stochastic(self) -> bool:
+        """Whether the mechanism makes the gradient random."""
+
+
+class AbstractPenalty(AbstractRegularizer):
+    """A deterministic term added to the loss."""
+
+    @abc.abstractmethod
+    def penalty(self, weights: Weights) -> Scalar:
+        """The term added to the loss."""
+
+    @abc.abstractmethod
+    def penalty_gradient(self, weights: Weights) -> Weights:
+        """Its gradient, one array a layer."""
+
+
+class AbstractBatch(AbstractRegularizer):
+    """A choice of the rows that enter one step."""
+
+    @abc.abstractmethod
+    def size(self) -> int:
+        """The number of rows in a step."""
+
+    @abc.abstractmethod
+    def check(self, data: Regression) -> None:
+        """Raise a `ValueError` if the rule cannot be applied to the data."""
+
+    @abc.abstractmethod
+    def draw(self, stream: Stream, data: Regression) -> Array:
+        """Random numbers for a block of steps, `(K, ..., R)`."""
+
+    @abc.abstractmethod
+    def rows(
+        self, draw: Array, data: Regression, root: Float[Array, "d_in d_in"]
+    ) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch d_out"]]:
+        """The inputs and targets of one step of one path."""
+
+    @abc.abstractmethod
+    def normal_shape(self, data: Regression) -> tuple[int, ...]:
+        """Shape of the standard normals that `increment` takes."""
+
+    @abc.abstractmethod
+    def increment(self, moments: NoiseMoments, normals: Array) -> EndToEnd:
+        """The diffusion factor applied to standard normals, as noise on $M$."""
+
+    @abc.abstractmethod
+    def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:
+        """Covariance of `increment`, `(d_N d_0, d_N d_0)`, row-major vec."""
+
+
+class AbstractDataNoise(AbstractRegularizer):
+    """Noise on inputs or labels; it enters through the end-to-end gradient alone."""
+
+    @abc.abstractmethod
+    def input_variance(self) -> Scalar:
+        r"""The variance $\sigma^2$ added to every input coordinate (0 for noise on labels)."""
+
+    @abc.abstractmethod
+    def draw_shape(self, batch: int, data: Regression) -> tuple[int, ...]:
+        """Shape of the standard normals of one step of one path in the sampled face."""
+
+    @abc.abstractmethod
+    def perturb(
+        self,
+        normals: Array,
+        x: Float[Array, "batch d_in"],
+        y: Float[Array, "batch d_out"],
+    ) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch d_out"]]:
+        """The perturbed rows."""
+
+    @abc.abstractmethod
+    def normal_shape(self, data: Regression) -> tuple[int, ...]:
+        """Shape of the standard normals that `increment` takes."""
+
+    @abc.abstractmethod
+    def increment(self, moments: NoiseMoments, normals: Array) -> EndToEnd:
+        """The diffusion factor applied to standard normals, as noise on $M$."""
+
+    @abc.abstractmethod
+    def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:
+        """Covariance of `increment`, `(d_N d_0, d_N d_0)`, row-major vec."""
+
+    @abc.abstractmethod
+    def is_linear(self) -> bool:
+        """Whether $M$ is linear in the noise, so that a Gaussian increment is exact."""
+
+
+class AbstractLayerNoise(AbstractRegularizer):
+    r"""Noise inside the network: on weights or hidden activations.
+
+    A draw replaces $W_l$ by weights of the same mean with independent entries and multiplies
+    hidden activations by independent factors of mean 1.
+    """
+
+    @abc.abstractmethod
+    def weight_variance(
+        self, layer: int, depth: int, w: Float[Array, "d_l d_below"], variance: Array
+    ) -> Float[Array, "d_l d_below"]:
+        """Entry-wise variance of $W_l$ after this noise, given that before it."""
+
+    @abc.abstractmethod
+    def activation_variance(self, layer: int, depth: int) -> Scalar:
+        r"""Variance $\alpha_l$ of the factors on the activations of layer `layer` (0 for none)."""
+
+    @abc.abstractmethod
+    def draw(self, stream: Stream, batch: int, widths: tuple[int, ...]) -> Any:
+        """Random numbers for a block of steps: a pytree of `(K, ..., R)` arrays."""
+
+    @abc.abstractmethod
+    def perturb_weight(
+        self, draw: Any, layer: int, depth: int, w: Float[Array, "d_l d_below"]
+    ) -> Float[Array, "d_l d_below"]:
+        """The weights of layer `layer` (1..N) under one draw."""
+
+    @abc.abstractmethod
+    def perturb_activation(
+        self, draw: Any, layer: int, depth: int, h: Float[Array, "batch d_l"]
+    ) -> Float[Array, "batch d_l"]:
+        """The activations of layer `layer` under one draw, one row per sample."""
+
+
+def symmetric_normal(normals: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    r"""$(\Xi + \Xi^\top)/\sqrt2$: the covariance of $z z^\top - I$ for a standard normal $z$."""
+    return (normals + normals.T) * jnp.sqrt(jnp.asarray(0.5, normals.dtype))
+
+
+def factor_covariance(
+    increment: Callable[[Array], EndToEnd], shape: tuple[int, ...]
+) -> Float[Array, "outputs outputs"]:
+    r"""$\sum_c \mathrm{vec} Z_c \mathrm{vec} Z_c^\top$ over the columns of a linear factor."""
+    basis = jnp.eye(math.prod(shape)).reshape(-1, *shape)
+    columns = jax.vmap(increment)(basis).reshape(basis.shape[0], -1)
+    return columns.T @ columns

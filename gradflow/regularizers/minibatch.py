@@ -1,0 +1,186 @@
+"""Minibatches: the noise of SGD itself."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from gradflow.data import Regression
+from gradflow.regularizers.base import (
+    AbstractBatch,
+    NoiseMoments,
+    factor_covariance,
+    symmetric_normal,
+)
+from gradflow.streams import Stream
+from gradflow.types import EndToEnd
+
+
+def _plain_integer(value: Any) -> Any:
+    """A NumPy integer, as a sweep over an array gives it, as a Python one."""
+    return int(value) if isinstance(value, np.integer) else value
+
+
+class Minibatch(AbstractBatch):
+    r"""Each step uses `batch_size` rows of the data instead of all of them.
+
+    On a finite sample the rows are drawn without replacement within a step (default), with
+    replacement, or from a random permutation that is reshuffled every epoch (the $n \bmod b$ rows
+    left over at the end of an epoch are skipped in it). On population data each step draws
+    `batch_size` fresh Gaussian rows with the given moments: online SGD, and the two flags must
+    stay False.
+
+    The gradient noise has end-to-end covariance $f\,\mathrm{Cov}_k[e_k x_k^\top]$ with $f = 1/b$
+    with replacement and online, $f = (n - b)/(b (n - 1))$ without.
+
+    **Arguments:**
+
+    - `batch_size`: $b \ge 1$ rows.
+    - `replacement`: draw rows with replacement.
+    - `reshuffled`: go through a fresh random permutation of the data each epoch.
+    """
+
+    batch_size: int = eqx.field(static=True, converter=_plain_integer)
+    replacement: bool = eqx.field(static=True, default=False)
+    reshuffled: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        integer = isinstance(self.batch_size, int) and not isinstance(self.batch_size, bool)
+        if not integer or self.batch_size < 1:
+            raise ValueError(
+                f"Minibatch.batch_size must be an integer >= 1; got {self.batch_size!r}."
+            )
+        if self.replacement and self.reshuffled:
+            raise ValueError(
+                "Minibatch.reshuffled: an epoch visits every row once, which contradicts "
+                "replacement=True; set only one of the two."
+            )
+
+    @property
+    def is_stochastic(self) -> bool:
+        """True."""
+        return True
+
+    def size(self) -> int:
+        """`batch_size`."""
+        return self.batch_size
+
+    def check(self, data: Regression) -> None:
+        """Raise a `ValueError` if the data have too few rows or no rows to choose from."""
+        if data.x is None:
+            for flag in ("replacement", "reshuffled"):
+                if getattr(self, flag):
+                    raise ValueError(
+                        f"Minibatch.{flag}=True needs a finite sample, but the data are population "
+                        f"moments, where every batch is fresh; set {flag}=False."
+                    )
+        elif self.batch_size > data.x.shape[0] and not self.replacement:
+            raise ValueError(
+                f"Minibatch.batch_size={self.batch_size} exceeds the {data.x.shape[0]} rows of the "
+                "data; choose at most that many or set replacement=True."
+            )
+
+    def draw(self, stream: Stream, data: Regression) -> Array:
+        """Row numbers `(K, b, R)`, or normals `(K, b, d_0 + d_N, R)` for population data."""
+        if data.x is None:
+            return stream.normals((self.batch_size, data.d_in + data.d_out))
+        n = data.x.shape[0]
+        if self.reshuffled:
+            return self._epoch_rows(stream, n)
+        if self.replacement:
+            bounds = jnp.full((self.batch_size,), n)
+            return stream.integers(bounds, (self.batch_size,))
+        return _distinct(stream, n, self.batch_size)
+
+    def _epoch_rows(self, stream: Stream, n: int) -> Int[Array, "steps batch paths"]:
+        steps_per_epoch = n // self.batch_size
+        epochs_touched = -(-(stream.steps.size - 1) // steps_per_epoch) + 1
+        first_epoch = stream.steps[0] // steps_per_epoch
+        epochs = stream.at_steps(first_epoch + jnp.arange(epochs_touched, dtype=jnp.uint32))
+        order = epochs.permutations(n)
+        which = (stream.steps // steps_per_epoch - first_epoch).astype(jnp.int32)
+        start = (stream.steps % steps_per_epoch).astype(jnp.int32) * self.batch_size
+        positions = start[:, None] + jnp.arange(self.batch_size)
+        return order[which[:, None], positions]
+
+    def rows(
+        self, draw: Array, data: Regression, root: Float[Array, "d_in d_in"]
+    ) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch d_out"]]:
+        r"""The chosen rows, or $x = S^{1/2} z$, $y = T x + \Sigma_\eta^{1/2} z'$ online."""
+        if data.x is None or data.y is None:
+            x = draw[:, : data.d_in] @ root
+            y = x @ data.best_map.T + draw[:, data.d_in :] @ data.residual_sqrt
+            return x, y
+        return data.x[draw], data.y[draw]
+
+    def normal_shape(self, data: Regression) -> tuple[int, ...]:
+        """One normal per row of a finite sample; `(d_0 + d_N, d_0)` for population data."""
+        if data.x is None:
+            return (data.d_in + data.d_out, data.d_in)
+        return (data.x.shape[0],)
+
+    def increment(self, moments: NoiseMoments, normals: Array) -> EndToEnd:
+        r"""The factor of $f\,\mathrm{Cov}[e x^\top]$.
+
+        Finite sample: $\sqrt{f/n} \sum_k \zeta_k (e_k x_k^\top - M)$. Population, by Isserlis:
+        $b^{-1/2} ( M S^{-1/2} \tfrac{\Xi + \Xi^\top}{\sqrt 2} S^{1/2}
+        + \Sigma_\eta^{1/2} \Xi' S^{1/2} )$.
+
+        **Raises:** `ValueError` for `reshuffled=True`, whose steps are correlated in time.
+        """
+        self._check_white()
+        data = moments.data
+        if data.x is None or data.y is None:
+            d_in = data.d_in
+            carried = moments.m @ moments.inverse_root @ symmetric_normal(normals[:d_in])
+            residual = moments.residual_root @ normals[d_in:]
+            return (carried + residual) @ moments.root / jnp.sqrt(float(self.batch_size))
+        n = data.x.shape[0]
+        errors = data.x @ moments.p.T - data.y
+        weighted = (normals[:, None] * errors).T @ data.x - jnp.sum(normals) * moments.m
+        return jnp.sqrt(self._fraction(n) / n) * weighted
+
+    def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:
+        r"""$f\,\mathrm{Cov}_k[\mathrm{vec}(e_k x_k^\top)]$ over the samples or the population.
+
+        **Raises:** `ValueError` for `reshuffled=True`, whose steps are correlated in time.
+        """
+        self._check_white()
+        data = moments.data
+        if data.x is None or data.y is None:
+            shape = self.normal_shape(data)
+            return factor_covariance(lambda normals: self.increment(moments, normals), shape)
+        n = data.x.shape[0]
+        errors = data.x @ moments.p.T - data.y
+        outer = (errors[:, :, None] * data.x[:, None, :]).reshape(n, -1) - moments.m.ravel()
+        return self._fraction(n) / n * (outer.T @ outer)
+
+    def _check_white(self) -> None:
+        if self.reshuffled:
+            raise ValueError(
+                "Minibatch.reshuffled=True correlates the steps of an epoch, so white noise does "
+                "not describe it; use reshuffled=False for stochastic flows and predictions."
+            )
+
+    def _fraction(self, n: int) -> float:
+        """$f$: the variance of a batch mean over that of one row."""
+        b = self.batch_size
+        return 1.0 / b if self.replacement else (n - b) / (b * max(n - 1, 1))
+
+
+def _distinct(stream: Stream, n: int, size: int) -> Int[Array, "steps batch paths"]:
+    """Uniform subsets of `size` of `n` rows: Floyd's algorithm, all steps and paths at once."""
+    last = jnp.arange(n - size, n)
+    candidates = stream.integers(last + 1, (size,))
+
+    def choose(i: Int[Array, ""], chosen: Array) -> Array:
+        candidate = jax.lax.dynamic_index_in_dim(candidates, i, axis=1)
+        taken = jnp.any(chosen == candidate, axis=1, keepdims=True)
+        row = jnp.where(taken, last[i].astype(jnp.int32), candidate)
+        return jax.lax.dynamic_update_index_in_dim(chosen, row, i, axis=1)
+
+    nobody = jnp.full_like(candidates, -1)
+    return jax.lax.fori_loop(0, size, choose, nobody)

@@ -1,0 +1,85 @@
+"""Draws every figure of a study and writes it as PNG and SVG."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradflow.report.conservation import draw_conservation
+from gradflow.report.drawing import Drawing, sentence
+from gradflow.report.phase_portrait import draw_phase_portrait
+from gradflow.report.rates import draw_rates
+from gradflow.report.reading import missing_runs, run_views
+from gradflow.report.scaling import draw_scaling
+from gradflow.report.style import drawing_style, save_figure
+from gradflow.report.time_series import draw_time_series
+from gradflow.study.results import StudyResult
+
+KINDS: Mapping[str, Callable[[StudyResult, Any], Drawing]] = {
+    "phase_portrait": draw_phase_portrait,
+    "time_series": draw_time_series,
+    "rates": draw_rates,
+    "scaling": draw_scaling,
+    "conservation": draw_conservation,
+}
+"""Every figure kind of a spec and the function that draws it."""
+
+
+@dataclass(frozen=True)
+class FigureFile:
+    """A figure on disk, with its words."""
+
+    name: str
+    title: str
+    caption: str
+    png: Path
+    svg: Path
+
+
+class FigureError(ValueError):
+    """Some figures could not be drawn; ``figures`` holds those that could."""
+
+    def __init__(self, message: str, figures: tuple[FigureFile, ...]) -> None:
+        super().__init__(message)
+        self.figures = figures
+
+
+def draw_figures(result: StudyResult) -> tuple[FigureFile, ...]:
+    """Draws every figure of the spec into ``result.out / "figures"``.
+
+    **Returns:** one entry for each figure, in the order of the spec. A figure without a name is
+    called after its kind.
+
+    **Raises:** ``FigureError`` (a ``ValueError``) after the others were written, naming each
+    figure that could not be drawn, why, and what to write instead.
+    """
+    done: list[FigureFile] = []
+    wrong: list[str] = []
+    taken = {figure.name for figure in result.spec.figure if figure.name}
+    for index, spec in enumerate(result.spec.figure):
+        name = spec.name or _free_name(spec.kind, taken)
+        taken.add(name)
+        try:
+            if not run_views(result, spec.runs):
+                raise ValueError("runs: none of them finished, so there is nothing to draw")
+            with drawing_style():
+                drawing = KINDS[spec.kind](result, spec)
+                png, svg = save_figure(drawing.figure, result.out / "figures" / name)
+        except ValueError as error:
+            wrong.append(f"figure[{index}] ({spec.kind}, {name!r}): {error}")
+            continue
+        missing = missing_runs(result, spec.runs)
+        lost = f"Not shown, because they did not finish: {', '.join(missing)}." if missing else ""
+        caption = sentence(drawing.caption, lost)
+        done.append(FigureFile(name, spec.title, caption, png, svg))
+    if wrong:
+        raise FigureError("\n".join(wrong), tuple(done))
+    return tuple(done)
+
+
+def _free_name(kind: str, taken: set[str]) -> str:
+    """Returns the kind, or kind_2, kind_3, ... when that is taken."""
+    name, number = kind, 2
+    while name in taken:
+        name, number = f"{kind}_{number}", number + 1
+    return name

@@ -1,0 +1,68 @@
+"""The page of a study: one HTML file that needs nothing else."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from gradflow.report.draw import FigureFile
+from gradflow.report.formatting import duration
+from gradflow.report.inline import inline_figure
+from gradflow.report.style import write_whole
+from gradflow.report.tables import (
+    PHASE_COLUMNS,
+    claim_rows,
+    phase_rows,
+    problems,
+    provenance,
+    remarks,
+    setup_rows,
+    summary,
+    tone,
+)
+from gradflow.study.results import StudyResult
+
+_TEMPLATES = Path(__file__).parent
+
+
+def write_page(result: StudyResult, figures: Sequence[FigureFile]) -> Path:
+    """Writes ``result.out / "report.html"``: claims, figures, phases and rates, set-up, provenance.
+
+    Everything is inside the file: styles, figures, text. It asks nothing of the network and runs
+    no script; texts of the spec are escaped.
+
+    **Returns:** the path of the page.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template("page.html.j2").render(
+        name=result.spec.name,
+        title=result.spec.title or result.spec.name,
+        description=result.spec.description,
+        summary=summary(result),
+        tone=tone(result),
+        claims=claim_rows(result),
+        figures=[
+            (figure, inline_figure(figure.svg, figure.png, figure.name, _alt(figure)))
+            for figure in figures
+        ],
+        phase_columns=PHASE_COLUMNS,
+        phases=phase_rows(result),
+        remarks=remarks(result),
+        problems=problems(result),
+        setup=setup_rows(result),
+        provenance=provenance(result),
+        wall_time=duration(result.wall_time_s),
+    )
+    path = result.out / "report.html"
+    write_whole(path, text.encode("utf-8"))
+    return path
+
+
+def _alt(figure: FigureFile) -> str:
+    return f"{figure.title or figure.name}. {figure.caption}"

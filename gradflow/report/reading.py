@@ -1,0 +1,295 @@
+"""What figures read off a study: runs with their colours, series with their bands."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Bool, Float
+
+from gradflow.report.style import LineStyle, group_colours, line_style, shaded
+from gradflow.study.results import RunResult, StudyResult
+from gradflow.study.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One run as a figure sees it."""
+
+    run: RunResult
+    dataset: xr.Dataset
+    colour: str
+    """Colour of the regularizer group."""
+    style: LineStyle
+    """Stroke of the dynamics."""
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the run in the spec."""
+        return self.run.name
+
+    @property
+    def label(self) -> str:
+        """Returns the label for people."""
+        return self.run.label or self.run.name
+
+    @property
+    def stroke(self) -> str:
+        """Returns the line colour: the group's colour in the shade of the dynamics."""
+        return shaded(self.colour, self.style.shade)
+
+    @property
+    def replicas(self) -> int:
+        """Returns the number of replicas (1 for a single path)."""
+        return int(self.dataset.sizes.get("replica", 1))
+
+    @property
+    def diverged(self) -> Bool[np.ndarray, " replica"]:
+        """Returns which replicas diverged, shape ``(replicas,)``."""
+        if "diverged_at" not in self.dataset:
+            return np.zeros(self.replicas, dtype=bool)
+        return np.isfinite(np.atleast_1d(self.dataset["diverged_at"].values))
+
+    @property
+    def legend_label(self) -> str:
+        """Returns the label, with the number of diverged replicas where there are any."""
+        count = int(self.diverged.sum())
+        return f"{self.label} ({diverged_text(count, self.replicas)})" if count else self.label
+
+    @property
+    def optimization_end(self) -> float:
+        """Returns the flow time at which the optimization phase ends; NaN when unknown."""
+        phases = self.run.phases
+        return float("nan") if phases is None else float(phases.optimization_end)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One observable of one run, replicas that diverged set apart."""
+
+    time: Float[np.ndarray, " time"]
+    values: Float[np.ndarray, "replica time"]
+    """Replicas that diverged are left out, unless every one did."""
+    long_name: str
+    units: str
+
+    @property
+    def mean(self) -> Float[np.ndarray, " time"]:
+        """Returns the replica mean, shape ``(time,)``; NaN where any replica used is NaN."""
+        return self.values.mean(axis=0)
+
+    def percentile(self, q: float) -> Float[np.ndarray, " time"]:
+        """Returns a percentile over replicas, shape ``(time,)``; NaN where any value is NaN."""
+        bad = ~np.isfinite(self.values).all(axis=0)
+        out = np.percentile(np.where(bad, 0.0, self.values), q, axis=0)
+        return np.where(bad, np.nan, out)
+
+
+def run_views(result: StudyResult, names: Sequence[str]) -> tuple[RunView, ...]:
+    """Returns the named runs (all when ``names`` is empty), with the study's colours.
+
+    Colours are given over the whole spec, so a group has the same colour in every figure. Runs
+    that did not finish are left out; :func:`missing_runs` names them.
+
+    **Raises:** ``ValueError`` for a name that is not a run of the study.
+    """
+    known = {spec.name for spec in result.spec.run}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"runs: {unknown[0]!r} is not a run of this study; the runs are {sorted(known)}"
+        )
+    colours = group_colours([_group(spec) for spec in result.spec.run])
+    shades = _shades(result)
+    return tuple(
+        RunView(
+            run=run,
+            dataset=run.trajectory.to_xarray(),
+            colour=colours[_group(run.spec)],
+            style=shades[name],
+        )
+        for name, run in result.runs.items()
+        if not names or name in names
+    )
+
+
+def _group(spec: RunSpec) -> str:
+    """Returns the group of a run; runs without one are grouped by their regularizers."""
+    return spec.group or ", ".join(regularizer.kind for regularizer in spec.regularizers)
+
+
+def _shades(result: StudyResult) -> dict[str, LineStyle]:
+    """Gives every run its stroke: runs of one group and one dynamics go from dark to light."""
+    families: dict[tuple[str, str], list[str]] = {}
+    for spec in result.spec.run:
+        families.setdefault((_group(spec), spec.dynamics.kind), []).append(spec.name)
+    styles = {}
+    for (_, kind), members in families.items():
+        base = line_style(kind)
+        spread = min(0.3, 0.15 * (len(members) - 1))
+        shades = np.clip(base.shade + np.linspace(-spread, spread, len(members)), -0.6, 0.6)
+        for name, shade in zip(members, shades, strict=True):
+            styles[name] = replace(base, shade=float(shade))
+    return styles
+
+
+def missing_runs(result: StudyResult, names: Sequence[str]) -> list[str]:
+    """Returns the labels of the named runs (all when empty) that did not finish."""
+    return [
+        spec.title
+        for spec in result.spec.run
+        if spec.name not in result.runs and (not names or spec.name in names)
+    ]
+
+
+def series(
+    view: RunView,
+    observable: str,
+    component: Sequence[int] | None = None,
+    relative: bool = False,
+) -> Series:
+    """Returns one number at each time and replica: an observable of a run, or an entry of one.
+
+    **Arguments:** ``component`` holds the indices of one entry of an observable that is not a
+    number; ``relative`` divides by the value at the start.
+
+    **Raises:** ``ValueError`` when the run did not record it, or it is not one number.
+    """
+    variable = recorded(view, observable)
+    values = _replica_first(variable)
+    name = long_name(variable)
+    extra = [str(d) for d in variable.dims if d not in ("replica", "time")]
+    if component is not None and extra:
+        sizes = values.shape[2:]
+        if len(component) != len(sizes) or any(
+            not -n <= i < n for i, n in zip(component, sizes, strict=False)
+        ):
+            raise ValueError(
+                f"component: {list(component)} is no entry of {observable!r} of run {view.name!r}, "
+                f"which has the axes {dict(zip(extra, sizes, strict=True))}"
+            )
+        values = values[(..., *component)]
+        name = f"{name}[{', '.join(str(i) for i in component)}]"
+    elif extra:
+        raise ValueError(
+            f"observables: {observable!r} of run {view.name!r} has the extra axes {extra}; "
+            "choose one entry with component = [...]"
+        )
+    units = str(variable.attrs.get("units", ""))
+    if relative:
+        start = values[:, :1]
+        if np.any(start == 0.0):
+            raise ValueError(
+                f"relative: {observable!r} of run {view.name!r} is 0 at the start; "
+                "use relative = false"
+            )
+        values, name, units = values / start, f"{name}, relative to the start", "1"
+    diverged = view.diverged
+    return Series(
+        time=np.asarray(view.dataset["time"].values, dtype=float),
+        values=values if diverged.all() or not diverged.any() else values[~diverged],
+        long_name=name,
+        units=units,
+    )
+
+
+def recorded(view: RunView, observable: str) -> xr.DataArray:
+    """Returns a recorded variable of a run, or says which ones there are."""
+    if observable not in view.dataset:
+        there = sorted(str(v) for v in view.dataset.data_vars if v != "diverged_at")
+        raise ValueError(
+            f"observables: run {view.name!r} did not record {observable!r}; it has {there}. "
+            "Add it to the run's observables"
+        )
+    return view.dataset[observable]
+
+
+def observable_label(view: RunView, observable: str) -> tuple[str, str]:
+    """Returns the name for people and the units of a recorded observable."""
+    variable = recorded(view, observable)
+    return long_name(variable), str(variable.attrs.get("units", ""))
+
+
+def long_name(variable: xr.DataArray) -> str:
+    """Returns the name of a variable for people."""
+    return str(variable.attrs.get("long_name", variable.name)).replace("_", " ")
+
+
+def time_label(dataset: xr.Dataset) -> str:
+    """Returns the label of the time axis, with its units unless the name already says them."""
+    attrs = dataset["time"].attrs
+    units = str(attrs.get("units", "flow time"))
+    name = str(attrs.get("long_name", "flow time t"))
+    return name if units in name or units == "1" else f"{name}  [{units}]"
+
+
+def plane(
+    view: RunView,
+) -> tuple[Float[np.ndarray, "replica time"], Float[np.ndarray, "replica time"]]:
+    """Returns ``(w_1, w_2)`` of a scalar depth-2 run, each of shape ``(replicas used, time)``.
+
+    **Raises:** ``ValueError`` when the network is not scalar of depth 2 or no weights were stored.
+    """
+    dataset = view.dataset
+    if "W1" not in dataset:
+        raise ValueError(
+            f"run {view.name!r} stored no weights; set store_weights = true for a phase portrait"
+        )
+    layers = sorted(str(v) for v in dataset.data_vars if str(v)[0] == "W" and str(v)[1:].isdigit())
+    sizes = [
+        [n for d, n in dataset[w].sizes.items() if d not in ("replica", "time")] for w in layers
+    ]
+    if len(layers) != 2 or any(size != [1, 1] for size in sizes):
+        widths = " -> ".join(str(s) for s in [sizes[0][-1], *[size[0] for size in sizes]])
+        raise ValueError(
+            f"a phase portrait shows scalar networks of depth 2 (widths 1 -> 1 -> 1), and run "
+            f'{view.name!r} has widths {widths}; use kind = "time_series" with observables such '
+            'as "excess_loss" and "imbalance", or kind = "conservation"'
+        )
+    first, second = (_replica_first(dataset[w].squeeze(dataset[w].dims[-2:])) for w in layers)
+    diverged = view.diverged
+    if diverged.any() and not diverged.all():
+        first, second = first[~diverged], second[~diverged]
+    return first, second
+
+
+def scalar_moments(view: RunView) -> tuple[float, float]:
+    """Returns ``(sxx, T)`` of scalar data: the input's second moment and the target."""
+    data: Any = view.run.trajectory.problem.data
+    sxx = float(np.asarray(data.sxx).squeeze())
+    return sxx, float(np.asarray(data.syx).squeeze()) / sxx
+
+
+def diverged_text(count: int, replicas: int) -> str:
+    """Writes "3 of 256 diverged", or "diverged" for a single path."""
+    return "diverged" if replicas == 1 else f"{count} of {replicas} diverged"
+
+
+def _replica_first(variable: xr.DataArray) -> Float[np.ndarray, "replica time *entry"]:
+    if "replica" not in variable.dims:
+        variable = variable.expand_dims("replica")
+    rest = [d for d in variable.dims if d not in ("replica", "time")]
+    return np.asarray(variable.transpose("replica", "time", *rest).values, dtype=float)
+
+
+def drift(
+    view: RunView, observable: str
+) -> tuple[Float[np.ndarray, " time"], Float[np.ndarray, " time"], float]:
+    r"""Returns how far an observable of any shape has moved from its start.
+
+    **Returns:** the times, $\max |x(t) - x(0)|$ over entries and replicas at each time, both
+    ``(time,)``, and the level of rounding $\epsilon \max |x(0)|$, where $\epsilon$ is the machine
+    precision of the numbers the run computed with. Diverged replicas are left out.
+    """
+    variable = recorded(view, observable)
+    values = _replica_first(variable)
+    diverged = view.diverged
+    if diverged.any() and not diverged.all():
+        values = values[~diverged]
+    values = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1)
+    precision = np.finfo(np.float32 if variable.dtype == np.float32 else np.float64).eps
+    scale = float(np.abs(values[0]).max())
+    change = np.abs(values - values[0]).max(axis=1)
+    time = np.asarray(view.dataset["time"].values, dtype=float)
+    return time, change, float(precision) * (scale if scale > 0 else 1.0)

@@ -1,0 +1,199 @@
+"""Scaling: a quantity of many runs against one of their parameters, log-log, with its slope."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from gradflow.report.drawing import Drawing, divergence_note, legend_below, legend_height, sentence
+from gradflow.report.formatting import with_error
+from gradflow.report.reading import RunView, observable_label, run_views
+from gradflow.report.style import MUTED, axis_label, log_axis, new_figure, shaded
+from gradflow.study.check import parameters
+from gradflow.study.measures import MEASURES
+from gradflow.study.results import StudyResult
+from gradflow.study.spec import ClaimSpec, Scaling
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+_PARAMETERS = {
+    "step_size": ("step size h", "flow time"),
+    "momentum": ("momentum β", "1"),
+    "LabelNoise.std": ("standard deviation of the label noise", "target"),
+    "InputNoise.std": ("standard deviation of the input noise", "input"),
+    "WeightDecay.rate": ("weight decay λ", "1/flow time"),
+    "Minibatch.batch_size": ("batch size B", "1"),
+}
+_QUANTITIES = {
+    "rate": ("decay rate", "1/flow time"),
+    "drift": ("drift", "1/flow time"),
+    "optimization_end": ("end of the optimization phase", "flow time"),
+    "optimization_rate": ("optimization rate", "1/flow time"),
+    "separation": ("separation of the phases", "1"),
+    "final": ("final", ""),
+    "change": ("change of", ""),
+    "max_change": ("largest change of", ""),
+    "change_ratio": ("final over initial", "1"),
+}
+
+
+@dataclass(frozen=True)
+class _Point:
+    view: RunView
+    x: float
+    y: float
+    error: float
+    negative: bool
+
+
+def draw_scaling(result: StudyResult, spec: Scaling) -> Drawing:
+    """Draws |quantity| against a parameter of the runs, both axes logarithmic.
+
+    The quantity is measured as in claims. Each group of runs has its colour and its fitted slope,
+    a least-squares line through the logarithms; ``spec.slope`` adds a grey reference line through
+    the middle of the points.
+
+    **Raises:** ``ValueError`` when a run lacks the parameter or no run gives a positive point.
+    """
+    views = run_views(result, spec.runs)
+    points, notes = _measure(views, spec)
+    if not points:
+        raise ValueError(
+            f"quantity: {spec.quantity!r} could not be measured on any run of the figure: "
+            + " ".join(notes)
+        )
+    groups = list(dict.fromkeys(_family(p.view) for p in points))
+    lines = []
+    figure = new_figure(3.6 + 0.185 * len(groups), spec.title)
+    axes = figure.add_subplot()
+    for number, key in enumerate(groups):
+        chosen = [p for p in points if _family(p.view) == key]
+        label = chosen[0].view.run.group or chosen[0].view.label
+        if sum(colour == key[0] for colour, _ in groups) > 1:
+            label = f"{label}, {key[1]}"
+        lines.append(_draw_group(axes, chosen, label, _MARKERS[number % len(_MARKERS)]))
+    marks = [_draw_reference(axes, points, spec.slope)] if spec.slope is not None else []
+    _set_limits(axes, points)
+    axes.set_xlabel(axis_label(*_PARAMETERS.get(spec.parameter, (spec.parameter, ""))))
+    axes.set_ylabel(_quantity_label(views[0], spec))
+    figure.set_figheight(3.3 + legend_height(lines, marks))
+    legend_below(figure, lines, marks)
+    negative = sum(p.negative for p in points)
+    caption = sentence(
+        spec.caption or "Points are runs with one standard error; lines are least-squares fits.",
+        f"Absolute values: {negative} of {len(points)} values are negative." if negative else "",
+        *notes,
+        divergence_note(views),
+    )
+    return Drawing(figure, caption)
+
+
+def _family(view: RunView) -> tuple[str, str]:
+    """Returns what the runs of one fitted line share: the group's colour and the dynamics."""
+    return view.colour, view.run.spec.dynamics.kind
+
+
+def _measure(views: Sequence[RunView], spec: Scaling) -> tuple[list[_Point], list[str]]:
+    """Measures every run; says which ones have no place on log axes and why."""
+    points, notes = [], []
+    for view in views:
+        known = parameters(view.run.spec)
+        if spec.parameter not in known:
+            raise ValueError(
+                f"parameter: run {view.name!r} has no {spec.parameter!r}; it has {sorted(known)}"
+            )
+        claim = ClaimSpec(
+            sentence=spec.title or spec.kind,
+            quantity=spec.quantity,
+            run=view.name,
+            observable=spec.observable,
+            component=spec.component,
+            window=spec.window,
+        )
+        try:
+            measured = MEASURES[spec.quantity](claim, [view.run])
+        except ValueError as error:
+            notes.append(f"{view.label} has no point: {error}.")
+            continue
+        value = measured.value
+        if not math.isfinite(value) or value == 0.0:
+            notes.append(f"{view.label} has no point: its value is {value:g}.")
+            continue
+        error = 0.0 if measured.error is None else measured.error
+        points.append(_Point(view, known[spec.parameter], abs(value), error, value < 0))
+    return points, notes
+
+
+def _draw_group(axes: Axes, points: Sequence[_Point], label: str, marker: str) -> Line2D:
+    """Draws the points of one group with their fitted line; returns the legend entry."""
+    colour = shaded(points[0].view.colour, -0.1)
+    x, y, error = (np.array([getattr(p, k) for p in points]) for k in ("x", "y", "error"))
+    # an error bar must not reach zero on a log axis
+    below = np.minimum(error, 0.95 * y)
+    axes.errorbar(
+        x, y, yerr=np.stack([below, error]), fmt="none", ecolor=colour, elinewidth=1.3, zorder=3
+    )
+    look = {"marker": marker, "color": colour, "markersize": 6.5}
+    axes.plot(x, y, linestyle="none", markeredgecolor="white", zorder=4, **look)
+    if len(np.unique(x)) < 2:
+        return Line2D([], [], linestyle="none", label=label, **look)
+    slope, slope_error, level = fit_slope(x, y, error)
+    ends = np.array([x.min() / 1.15, x.max() * 1.15])
+    axes.plot(ends, np.exp(level) * ends**slope, color=colour, lw=1.2, zorder=2)
+    return Line2D([], [], lw=1.2, label=f"{label}, slope {with_error(slope, slope_error)}", **look)
+
+
+def fit_slope(
+    x: Float[np.ndarray, " run"], y: Float[np.ndarray, " run"], error: Float[np.ndarray, " run"]
+) -> tuple[float, float, float]:
+    r"""Fits $\log y = a + b \log x$ by least squares.
+
+    **Returns:** the slope $b$, its standard error and the level $a$. The error is the larger of
+    the scatter about the line (three points or more) and what the errors of the points carry over
+    to the slope; NaN when neither is known.
+    """
+    u, v = np.log(x), np.log(y)
+    lever = (u - u.mean()) / np.sum((u - u.mean()) ** 2)
+    slope = float(lever @ v)
+    level = float(v.mean() - slope * u.mean())
+    carried = float(np.sqrt(np.sum((lever * error / y) ** 2)))
+    scatter = 0.0
+    if len(x) > 2:
+        residual = v - level - slope * u
+        scatter = float(np.sqrt(np.sum(residual**2) / (len(x) - 2) * np.sum(lever**2)))
+    spread = max(carried, scatter)
+    return slope, spread if spread > 0 else math.nan, level
+
+
+def _draw_reference(axes: Axes, points: Sequence[_Point], slope: float) -> Line2D:
+    """Draws a line of a given slope through the middle of all points."""
+    x, y = np.array([p.x for p in points]), np.array([p.y for p in points])
+    level = np.mean(np.log(y)) - slope * np.mean(np.log(x))
+    ends = np.array([x.min() / 1.15, x.max() * 1.15])
+    look = {"color": MUTED, "lw": 1.2, "linestyle": (0.0, (5.0, 2.0))}
+    axes.plot(ends, np.exp(level) * ends**slope, zorder=1.5, **look)
+    return Line2D([], [], label=f"slope {slope:g}", **look)
+
+
+def _set_limits(axes: Axes, points: Sequence[_Point]) -> None:
+    x, y = np.array([p.x for p in points]), np.array([p.y for p in points])
+    axes.set_xlim(x.min() / 1.3, x.max() * 1.3)
+    axes.set_ylim(y.min() / 2.0, y.max() * 2.0)
+    log_axis(axes, "x")
+    log_axis(axes, "y")
+
+
+def _quantity_label(view: RunView, spec: Scaling) -> str:
+    name, units = _QUANTITIES.get(spec.quantity, (spec.quantity.replace("_", " "), ""))
+    if spec.observable is None or spec.quantity in ("optimization_end", "optimization_rate"):
+        return axis_label(name, units)
+    of_name, of_units = observable_label(view, spec.observable)
+    if spec.quantity == "rate":
+        return axis_label(f"decay rate of the {of_name}", units)
+    if spec.quantity == "drift":
+        return axis_label(f"drift of the {of_name}", f"{of_units}/flow time")
+    return axis_label(f"{name} {of_name}", units or of_units)

@@ -1,0 +1,280 @@
+"""Time series: observables against flow time, with bands, loss floors and the two phases."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from gradflow.report.drawing import (
+    Drawing,
+    cross_marker,
+    divergence_note,
+    end_marker,
+    legend_below,
+    legend_height,
+    mark_divergence,
+    run_handle,
+    sentence,
+)
+from gradflow.report.formatting import number
+from gradflow.report.reading import RunView, Series, run_views, series, time_label
+from gradflow.report.style import MUTED, axis_label, log_axis, new_figure, shaded
+from gradflow.study.results import StudyResult
+from gradflow.study.spec import TimeSeries
+
+_FLOORS = {"excess_loss": "loss_floor"}
+"""Observables that have a predicted plateau, and the observable that holds it."""
+
+_OPTIMIZATION = "#eeeeea"
+_PANEL = 2.15
+
+
+def draw_time_series(result: StudyResult, spec: TimeSeries) -> Drawing:
+    """Draws observables against flow time, one panel for each.
+
+    Lines are replica means and bands hold 10 to 90 % of the replicas; colours are regularizer
+    groups and strokes are dynamics. A thin line of the same colour is the loss floor, where the
+    excess loss has one. The optimization phase is shaded, its end marked on every line.
+    """
+    views = run_views(result, spec.runs)
+    scales = [spec.y_scale] if isinstance(spec.y_scale, str) else list(spec.y_scale)
+    if len(scales) not in (1, len(spec.observables)):
+        raise ValueError(
+            f"y_scale: {len(scales)} scales for {len(spec.observables)} observables; "
+            "give one, or one for each"
+        )
+    scales = scales * (len(spec.observables) if len(scales) == 1 else 1)
+    data = [
+        [series(view, name, spec.component, spec.relative) for view in views]
+        for name in spec.observables
+    ]
+    floors = [
+        {} if spec.relative else _floors(views, _FLOORS.get(name)) for name in spec.observables
+    ]
+    lines = [run_handle(view) for view in views]
+    marks = _mark_handles(views, any(floors), spec.mark_phases)
+    rows = len(spec.observables)
+    figure = new_figure(_PANEL * rows + 0.65 + legend_height(lines, marks), spec.title)
+    panels: list[Axes] = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+
+    notes: list[str] = []
+    start, stop = _time_limits(data, spec.x_scale)
+    for axes, panel, floor, scale in zip(panels, data, floors, scales, strict=True):
+        limits = _value_limits(views, panel, floor, scale, spec.decades)
+        notes += _hidden_values(views, panel, scale, limits)
+        _draw_panel(axes, views, panel, floor, scale, limits)
+        axes.set_ylabel(axis_label(panel[0].long_name, panel[0].units, 28))
+        if spec.mark_phases:
+            _mark_ends(axes, views, panel, limits)
+    for axes in panels:
+        axes.set_xlim(start, stop)
+        if spec.x_scale == "log":
+            log_axis(axes, "x")
+    panels[-1].set_xlabel(time_label(views[0].dataset))
+    figure.align_ylabels(panels)
+    if spec.mark_phases:
+        _shade_phases(panels, views, spec.x_scale)
+    legend_below(figure, lines, marks)
+    return Drawing(figure, _caption(views, data, floors, spec, notes))
+
+
+def _floors(views: Sequence[RunView], observable: str | None) -> dict[str, Series]:
+    """Returns the loss floors of the runs that recorded one, by run name."""
+    if observable is None:
+        return {}
+    found = {v.name: series(v, observable) for v in views if observable in v.dataset}
+    return {name: floor for name, floor in found.items() if np.any(floor.mean > 0)}
+
+
+def _time_limits(data: Sequence[Sequence[Series]], scale: str) -> tuple[float, float]:
+    times = np.concatenate([s.time for panel in data for s in panel])
+    if scale == "log":
+        positive = times[times > 0]
+        return float(positive.min()), float(times.max())
+    return float(times.min()), float(times.max())
+
+
+def _value_limits(
+    views: Sequence[RunView],
+    panel: Sequence[Series],
+    floors: dict[str, Series],
+    scale: str,
+    decades: float,
+) -> tuple[float, float]:
+    """Returns the limits of a panel, set by the runs that did not diverge altogether.
+
+    A loss that converges exponentially would take a log axis down to rounding errors, so the axis
+    shows a given number of decades below the largest value, or, where some runs have a floor,
+    what lies well above or a little below their floors.
+    """
+    kept = [s for view, s in zip(views, panel, strict=True) if not view.diverged.all()] or panel
+    means = np.concatenate([s.mean for s in [*kept, *floors.values()]])
+    bands = np.concatenate([s.percentile(q) for s in kept for q in (10.0, 90.0)])
+    values = np.concatenate([means, bands])
+    values = values[np.isfinite(values)]
+    if scale == "linear":
+        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+        margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+        return low - margin, high + margin
+    positive = values[values > 0]
+    if positive.size == 0:
+        return 0.1, 1.0
+    high = float(positive.max())
+    plateau = [s.mean for s in floors.values()]
+    shown = np.concatenate(plateau) if plateau else means
+    shown = shown[np.isfinite(shown) & (shown > 0)]
+    low = float(shown.min()) if shown.size else high
+    low /= 30.0 if plateau else 1.0
+    low = max(low, float(positive.min()), high * 10.0**-decades)
+    margin = max((high / low) ** 0.06, 1.1)
+    return low / margin, high * margin
+
+
+def _hidden_values(
+    views: Sequence[RunView],
+    panel: Sequence[Series],
+    scale: str,
+    limits: tuple[float, float],
+) -> list[str]:
+    """Says in words what a log axis, or a missing number, keeps out of sight."""
+    notes = []
+    for view, curve in zip(views, panel, strict=True):
+        mean, name = curve.mean, f"{view.label}, {curve.long_name}"
+        if scale == "log":
+            hidden = int(np.sum(mean <= 0))
+            if hidden:
+                notes.append(
+                    f"{name}: {hidden} of {mean.size} means are zero or negative and not on the "
+                    "log axis."
+                )
+            if np.any((mean > 0) & (mean < limits[0])):
+                notes.append(f"{name}: values below {number(limits[0], 2)} leave the panel.")
+        missing = int(np.sum(~np.isfinite(mean)))
+        if missing and not view.diverged.all():
+            notes.append(f"{name}: {missing} of {mean.size} means are not finite and not drawn.")
+    return notes
+
+
+def _draw_panel(
+    axes: Axes,
+    views: Sequence[RunView],
+    panel: Sequence[Series],
+    floors: dict[str, Series],
+    scale: str,
+    limits: tuple[float, float],
+) -> None:
+    for view, curve in zip(views, panel, strict=True):
+        mean = curve.mean
+        if len(curve.values) > 1:
+            low, high = curve.percentile(10.0), curve.percentile(90.0)
+            if scale == "log":
+                low, high = np.maximum(low, limits[0] / 10), np.maximum(high, limits[0] / 10)
+            axes.fill_between(
+                curve.time, low, high, color=view.colour, alpha=0.16, lw=0, zorder=2.0
+            )
+        axes.plot(
+            curve.time,
+            np.where(mean > 0, mean, np.nan) if scale == "log" else mean,
+            color=view.stroke,
+            linestyle=view.style.dashes,
+            linewidth=view.style.width,
+            zorder=view.style.order,
+        )
+        if view.diverged.all():
+            mark_divergence(axes, view, curve.time, np.clip(curve.mean, *limits))
+        if view.name in floors:
+            floor = floors[view.name]
+            axes.plot(floor.time, floor.mean, color=shaded(view.colour, -0.35), lw=0.8, zorder=4.6)
+    axes.set_ylim(*limits)
+    if scale == "log":
+        log_axis(axes, "y")
+
+
+def _mark_ends(
+    axes: Axes,
+    views: Sequence[RunView],
+    panel: Sequence[Series],
+    limits: tuple[float, float],
+) -> None:
+    """Marks the end of the optimization phase on every line."""
+    for view, curve in zip(views, panel, strict=True):
+        end = view.optimization_end
+        finite = np.isfinite(curve.mean)
+        if not math.isfinite(end) or not finite.any():
+            continue
+        height = float(np.interp(end, curve.time[finite], curve.mean[finite]))
+        if limits[0] <= height <= limits[1]:
+            axes.plot(end, height, zorder=7, **end_marker(view.stroke))
+
+
+def _shade_phases(panels: Sequence[Axes], views: Sequence[RunView], scale: str) -> None:
+    """Shades the optimization phase and names both phases above the top panel."""
+    ends = [v.optimization_end for v in views if math.isfinite(v.optimization_end)]
+    left, right = panels[0].get_xlim()
+    ends = [end for end in ends if left < end < right]
+    if not ends:
+        return
+    first, last = min(ends), max(ends)
+    for axes in panels:
+        axes.axvspan(left, first, color=_OPTIMIZATION, lw=0, zorder=0)
+        if last > first:
+            axes.axvspan(first, last, color=_OPTIMIZATION, alpha=0.5, lw=0, zorder=0)
+    to_axes = np.log if scale == "log" else np.asarray
+    ticks = to_axes(np.array([left, first, last, right]))
+    _, a, b, _ = (ticks - ticks[0]) / (ticks[-1] - ticks[0])
+    for width, at, words, side in (
+        (a, a - 0.01, "optimization", "right"),
+        (1 - b, b + 0.01, "regularization", "left"),
+    ):
+        if width > 0.2:
+            panels[0].text(
+                at,
+                1.04,
+                words,
+                transform=panels[0].transAxes,
+                ha=side,
+                va="bottom",
+                color=MUTED,
+                fontstyle="italic",
+            )
+
+
+def _mark_handles(views: Sequence[RunView], floors: bool, phases: bool) -> list[Artist]:
+    handles: list[Artist] = []
+    if any(view.replicas > 1 for view in views):
+        handles.append(
+            Patch(color=MUTED, alpha=0.25, lw=0, label="10 to 90\u00a0% of the replicas")
+        )
+    if floors:
+        handles.append(Line2D([], [], color=MUTED, lw=0.8, label="predicted loss floor"))
+    if phases and any(math.isfinite(view.optimization_end) for view in views):
+        handles.append(Line2D([], [], label="end of the optimization phase", **end_marker()))
+    if any(view.diverged.all() for view in views):
+        handles.append(Line2D([], [], label="diverged", **cross_marker()))
+    return handles
+
+
+def _caption(
+    views: Sequence[RunView],
+    data: Sequence[Sequence[Series]],
+    floors: Sequence[dict[str, Series]],
+    spec: TimeSeries,
+    notes: Sequence[str],
+) -> str:
+    names = " and ".join(panel[0].long_name for panel in data)
+    start = spec.x_scale == "log" and any(s.time[0] == 0 for panel in data for s in panel)
+    return sentence(
+        spec.caption or f"{names[0].upper()}{names[1:]} against flow time.",
+        "Lines are replica means." if any(view.replicas > 1 for view in views) else "",
+        "Thin lines are the plateau that theory predicts for the excess loss in the "
+        "regularization phase."
+        if any(floors)
+        else "",
+        "The start t = 0 is not on the log time axis." if start else "",
+        *notes,
+        divergence_note(views),
+    )

@@ -1,0 +1,88 @@
+"""A step-size controller that goes on where an earlier solve stopped."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from gradflow.types import Scalar
+
+
+class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
+    """Wraps an adaptive controller and remembers the step it would take next.
+
+    A trajectory that is saved by stepping exactly to each saved time is a chain of solves. Without
+    a memory every link would start with a cautious first step, and a step cut short by a saved time
+    would make the next ones short as well.
+
+    **Arguments:**
+
+    - `controller`: any adaptive diffrax controller.
+    - `first_step`: length of the first step, in flow time; 0 lets the controller choose.
+    """
+
+    controller: diffrax.AbstractAdaptiveStepSizeController
+    first_step: Scalar
+
+    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController, first_step: Scalar):
+        self.controller = controller
+        self.first_step = first_step
+
+    @property
+    def rtol(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Relative tolerance of the wrapped controller."""
+        return self.controller.rtol
+
+    @property
+    def atol(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Absolute tolerance of the wrapped controller."""
+        return self.controller.atol
+
+    @property
+    def norm(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Error norm of the wrapped controller."""
+        return self.controller.norm
+
+    def wrap(self, direction: Any) -> "ResumableController":
+        """Pass the direction of integration on to the wrapped controller."""
+        return eqx.tree_at(lambda c: c.controller, self, self.controller.wrap(direction))
+
+    def init(
+        self,
+        terms: Any,
+        t0: Any,
+        t1: Any,
+        y0: Any,
+        dt0: Any,
+        args: Any,
+        func: Callable[..., Any],
+        error_order: Any,
+    ) -> tuple[Any, tuple[Any, Array]]:
+        """The end of the first step, and the state (inner state, length of the next step)."""
+        chosen, inner = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
+        end = jnp.where(self.first_step > 0, t0 + self.first_step, chosen)
+        return end, (inner, end - t0)
+
+    def adapt_step_size(
+        self,
+        t0: Any,
+        t1: Any,
+        y0: Any,
+        y1_candidate: Any,
+        args: Any,
+        y_error: Any,
+        error_order: Any,
+        controller_state: tuple[Any, Array],
+    ) -> tuple[Any, Any, Any, Any, tuple[Any, Array], diffrax.RESULTS]:
+        """Adapt as the wrapped controller does; a step cut short does not shrink the next."""
+        inner, planned = controller_state
+        keep, next_t0, next_t1, made_jump, inner, result = self.controller.adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, error_order, inner
+        )
+        proposed = next_t1 - next_t0
+        cut_short = (t1 - t0) < 0.999 * planned
+        planned = jnp.where(keep & cut_short, jnp.maximum(proposed, planned), proposed)
+        return keep, next_t0, next_t1, made_jump, (inner, planned), result

@@ -1,0 +1,1 @@
+"""Studies: declarative specs, the runner, claims and their verdicts."""

@@ -1,0 +1,118 @@
+"""The quantities a claim can be about: what each needs and what it means.
+
+The functions that measure them are in `measures.py`; this table is what a spec is checked against
+and what `gradflow study --help` prints.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a claim about one quantity has to give.
+
+    Attributes:
+        meaning: one line, for people.
+        runs: the smallest and the largest number of runs (None: any).
+        observable: "required", "optional" (it has a default) or "unused".
+        predicted: whether `expected = "predicted"` is possible.
+        keys: further keys of the claim that the quantity reads; those in `required` must be given.
+        required: keys that must be given.
+        reads: observables that the runs must record where the claim names none.
+        words: the words `expected` takes in place of a number.
+    """
+
+    meaning: str
+    runs: tuple[int, int | None] = (1, 1)
+    observable: str = "unused"
+    predicted: bool = False
+    keys: frozenset[str] = frozenset()
+    required: frozenset[str] = frozenset()
+    reads: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+
+
+def _keys(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+QUANTITIES: dict[str, Quantity] = {
+    "rate": Quantity(
+        "exponential decay rate of an observable (default: imbalance) in the regularization phase",
+        observable="optional",
+        predicted=True,
+        keys=_keys("window", "of_mean"),
+        reads=("imbalance",),
+    ),
+    "drift": Quantity(
+        "linear slope of an observable (default: imbalance) in the regularization phase",
+        observable="optional",
+        predicted=True,
+        keys=_keys("window"),
+        reads=("imbalance",),
+    ),
+    "optimization_end": Quantity("flow time at which the optimization phase ends", predicted=True),
+    "optimization_rate": Quantity("exponential rate of the optimization phase", predicted=True),
+    "separation": Quantity("optimization rate over regularization rate", predicted=True),
+    "final": Quantity(
+        "mean of an observable over replicas, at the end",
+        observable="required",
+        keys=_keys("component"),
+    ),
+    "change": Quantity(
+        "mean over replicas of the final minus the initial value",
+        observable="required",
+        keys=_keys("component"),
+    ),
+    "change_ratio": Quantity(
+        "mean over replicas of the final over the initial value",
+        observable="required",
+        keys=_keys("component"),
+    ),
+    "max_change": Quantity(
+        "largest |x(t) - x(0)| over times, entries and replicas",
+        observable="required",
+        keys=_keys("component"),
+    ),
+    "balancedness_change": Quantity(
+        "largest |G_i(t) - G_i(0)| over entries, layers, times and replicas (stored weights)"
+    ),
+    "balancedness_decay": Quantity(
+        "largest |G_i(t) - exp(-2 rate t) G_i(0)| under weight decay (stored weights)"
+    ),
+    "gd_identity": Quantity(
+        "largest residual of the one-step identity of gradient descent for G_i "
+        "(stored weights, every step saved)"
+    ),
+    "drift_ratio": Quantity(
+        "measured change of the imbalance over the time integral of its exact expected drift",
+        keys=_keys("window"),
+        reads=("imbalance", "imbalance_drift"),
+    ),
+    "predicted_ratio": Quantity(
+        "measured over predicted value of the quantity named by `of`",
+        observable="optional",
+        keys=_keys("of", "window", "of_mean"),
+        required=_keys("of"),
+    ),
+    "difference": Quantity(
+        "mean of an observable at the end in the first run minus that in the second",
+        runs=(2, 2),
+        observable="required",
+        keys=_keys("component", "relative"),
+    ),
+    "agreement": Quantity(
+        "whether two runs agree on an observable within `tolerance` (default 0.05) at all times",
+        runs=(2, 2),
+        observable="required",
+        keys=_keys("times"),
+        words=("agree", "differ"),
+    ),
+    "exponent": Quantity(
+        "slope of the log of |quantity named by `of`| against the log of `parameter` over runs",
+        runs=(2, None),
+        observable="optional",
+        keys=_keys("of", "parameter", "component", "window", "of_mean"),
+        required=_keys("of", "parameter"),
+    ),
+}

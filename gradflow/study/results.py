@@ -1,0 +1,98 @@
+"""What a study leaves in memory: its runs, its claims and their verdicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gradflow.analysis.phases import Phases
+from gradflow.analysis.predict import Prediction
+from gradflow.analysis.rates import Rate
+from gradflow.study.spec import RunSpec, StudySpec
+from gradflow.trajectory import Trajectory
+
+Verdict = Literal["holds", "fails", "undecided"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished (or interrupted) run and what was read off it.
+
+    Attributes:
+        name: the run's name in the spec.
+        label: its text for figures and tables.
+        group: runs of one group belong together.
+        spec: the run as it was carried out.
+        trajectory: what was recorded.
+        phases: the two phases, None where they are not defined.
+        rate: decay rate of the imbalance in the regularization phase, None where it cannot be
+            measured.
+        prediction: what theory predicts for the run, None where it predicts nothing.
+        notes: remarks for people, such as replicas that diverged.
+    """
+
+    name: str
+    label: str
+    group: str
+    spec: RunSpec
+    trajectory: Trajectory
+    phases: Phases | None = None
+    rate: Rate | None = None
+    prediction: Prediction | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """A claim, what was measured, and whether it holds.
+
+    Attributes:
+        sentence: the claim in words.
+        quantity: what was measured.
+        runs: the names of the runs it was measured on.
+        measured: the value; NaN where it could not be measured.
+        measured_error: its standard error, None where there is none.
+        expected: the value it is compared with, None for a bound, a word for an agreement.
+        rule: the check in words, such as "within 3 standard errors".
+        verdict: "undecided" when the error is too large to tell; it counts as not holding.
+        detail: why, for people.
+    """
+
+    sentence: str
+    quantity: str
+    runs: tuple[str, ...]
+    measured: float
+    measured_error: float | None
+    expected: float | str | None
+    rule: str
+    verdict: Verdict
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """Everything a study found, for figures and the page.
+
+    Attributes:
+        spec: the study as it was run.
+        runs: results by run name, in the order of the spec.
+        claims: verdicts in the order of the spec.
+        out: the folder the study writes to.
+        wall_time_s: seconds from start to the last verdict.
+        status: "interrupted" when Ctrl-C ended it, "failed" when a run broke.
+        errors: why, by the name of the run that broke.
+    """
+
+    spec: StudySpec
+    runs: dict[str, RunResult]
+    claims: tuple[ClaimResult, ...]
+    out: Path
+    wall_time_s: float
+    status: Literal["complete", "interrupted", "failed"] = "complete"
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every claim holds."""
+        return all(claim.verdict == "holds" for claim in self.claims)

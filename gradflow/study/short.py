@@ -1,0 +1,35 @@
+"""The short variant of a study: the same runs, fewer replicas, shorter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gradflow.study.spec import RunSpec, SaveSpec, ShortSpec, StudySpec
+
+
+def shorten(spec: StudySpec) -> StudySpec:
+    """Apply the overrides of `[short]`; claims with `short = false` are left out."""
+    runs = [_shortened(run, spec.short) for run in spec.run]
+    claims = [claim for claim in spec.claim if claim.short]
+    return spec.model_copy(update={"run": runs, "claim": claims})
+
+
+def _shortened(run: RunSpec, short: ShortSpec) -> RunSpec:
+    changes: dict[str, Any] = {}
+    if short.replicas is not None and run.replicas is not None:
+        changes["replicas"] = min(run.replicas, short.replicas)
+    if short.duration is not None:
+        if run.t1 is not None:
+            changes["t1"] = run.t1 * short.duration
+        if run.steps is not None:
+            changes["steps"] = max(1, round(run.steps * short.duration))
+        if run.save.times is not None:
+            times = [time * short.duration for time in run.save.times]
+            changes["save"] = run.save.model_copy(update={"times": times})
+    if short.points is not None and run.save.points is not None:
+        points = min(run.save.points, short.points)
+        changes["save"] = SaveSpec(points=points, spacing=run.save.spacing)
+    own = short.runs.get(run.name)
+    if own is not None:
+        changes |= {key: getattr(own, key) for key in own.model_fields_set}
+    return run.model_copy(update=changes)

@@ -1,0 +1,13 @@
+"""What theory predicts at given weights: noise covariance, loss floors, expected drifts."""
+
+from gradflow.theory.drift import (
+    expected_balancedness_drift as expected_balancedness_drift,
+    imbalance_drift as imbalance_drift,
+)
+from gradflow.theory.floor import (
+    noise_floor as noise_floor,
+    slaved_residual as slaved_residual,
+    stationary_covariance as stationary_covariance,
+    weight_decay_plateau as weight_decay_plateau,
+)
+from gradflow.theory.noise import noise_covariance as noise_covariance

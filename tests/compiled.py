@@ -1,0 +1,78 @@
+"""The functions under test, compiled once a shape and shared by all test modules."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+import gradflow as gf
+from gradflow.theory import noise_covariance
+from gradflow.types import EndToEnd, Scalar, Weights
+
+
+class Evaluation(NamedTuple):
+    """What gradflow says about a network on data."""
+
+    loss: Scalar
+    m: EndToEnd
+    gradient: Weights
+    balancedness: list[Array]
+    imbalance: Scalar
+    block_traces: Array
+
+
+@eqx.filter_jit
+def evaluate(net: gf.DeepLinear, data: gf.Regression) -> Evaluation:
+    """Loss, gradients and geometry in one compiled program."""
+    return Evaluation(
+        gf.loss(net, data),
+        gf.end_to_end_gradient(net, data),
+        gf.gradient(net, data),
+        gf.balancedness(net),
+        gf.imbalance(net),
+        gf.hessian_block_traces(net, data),
+    )
+
+
+per_sample_gradients = eqx.filter_jit(gf.per_sample_gradients)
+sharpness = eqx.filter_jit(gf.sharpness)
+
+
+class Faces(NamedTuple):
+    """The averaged and the diffusion face of a problem; gradients as vectors."""
+
+    loss: Scalar
+    gradient: Array
+    columns: Array
+    covariance: Array
+
+
+@eqx.filter_jit
+def faces(problem: gf.Problem, weights: Weights) -> Faces:
+    """Averaged loss and gradient, the columns of the diffusion factor, the covariance of M."""
+    shapes = problem.normal_shapes()
+    sizes = [int(np.prod(s)) for s in shapes]
+
+    def noise(unit: Array) -> Array:
+        pieces = zip(jnp.split(unit, np.cumsum(sizes)[:-1]), shapes, strict=True)
+        return _flat(problem.noise(weights, tuple(piece.reshape(s) for piece, s in pieces)))
+
+    return Faces(
+        problem.averaged_loss(weights),
+        _flat(problem.averaged_gradient(weights)),
+        jax.vmap(noise)(jnp.eye(sum(sizes))),
+        noise_covariance(problem, weights),
+    )
+
+
+@eqx.filter_jit
+def sampled_gradients(problem: gf.Problem, weights: Weights, draws: tuple) -> Array:
+    """The stochastic gradients of many draws (first axis), as vectors."""
+    return jax.vmap(lambda draw: _flat(problem.sampled_gradient(weights, draw)))(draws)
+
+
+def _flat(layers: Weights) -> Array:
+    return jnp.concatenate([layer.ravel() for layer in layers])

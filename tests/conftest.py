@@ -1,0 +1,29 @@
+"""Set-up of every test process: run-time type checks, double precision, caches, hypothesis."""
+
+import os
+from pathlib import Path
+
+# JAX reads these when it is imported, and the programs that tests start inherit them: compiled
+# programs are shared by all test processes, and figures are drawn without a screen.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+import jaxtyping
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_enable_x64", True)
+
+# Shapes and types of every annotated function are checked as it is called. The hook acts on modules
+# imported after it, so nothing above may import gradflow.
+jaxtyping.install_import_hook("gradflow", "typecheck.check")
+
+# The same examples at every run, few enough for two cores; HYPOTHESIS_PROFILE=explore draws new
+# and many. The first example of a shape compiles, so slow examples say nothing.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fixed", derandomize=True, max_examples=20, **_COMMON)
+settings.register_profile("explore", max_examples=500, print_blob=True, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))

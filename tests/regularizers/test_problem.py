@@ -1,0 +1,105 @@
+"""Problems and regularizers: what they report and what they refuse."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import gradflow as gf
+
+DATA = gf.Regression.whitened([[1.0, 0.5]], n=4)
+
+
+def test_parts_of_a_problem():
+    labels, inputs = gf.LabelNoise(0.5), gf.InputNoise(0.2)
+    decay, batch = gf.WeightDecay(0.1), gf.Minibatch(3)
+    problem = gf.Problem(DATA, [labels, decay, batch, inputs])
+    assert problem.regularizers == (labels, decay, batch, inputs)
+    assert problem.data_noise == (labels, inputs)
+    assert problem.penalties == (decay,)
+    assert problem.minibatch is batch
+    assert problem.layer_noise == ()
+    assert float(problem.batch) == 3.0
+    assert float(gf.Problem(DATA).batch) == 4.0
+    np.testing.assert_allclose(problem.input_variance, 0.04)
+    np.testing.assert_allclose(problem.input_moment, 1.04 * np.eye(2))
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "field"),
+    [
+        (gf.LabelNoise, "LabelNoise.std"),
+        (gf.InputNoise, "InputNoise.std"),
+        (gf.WeightDecay, "WeightDecay.rate"),
+    ],
+)
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_refused_strengths(regularizer, field, value):
+    message = f"{field} must be a finite number >= 0; got {value}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        regularizer(value)
+
+
+@pytest.fixture
+def without_type_checks():
+    """As a user calls gradflow, whose own messages then speak."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_refused_types():
+    with pytest.raises(TypeError, match=r"Problem\.data must be a Regression; got DeepLinear\."):
+        gf.Problem(gf.DeepLinear([[[1.0]]]))
+    with pytest.raises(TypeError, match=r"must hold regularizers such as.*got float\."):
+        gf.Problem(DATA, [0.1])
+    with pytest.raises(TypeError, match=r"Problem\.regularizers must be a list.*\[LabelNoise"):
+        gf.Problem(DATA, gf.LabelNoise(0.1))
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_a_strength_is_one_number():
+    with pytest.raises(ValueError, match=r"LabelNoise\.std must be a single number; got shape"):
+        gf.LabelNoise(np.ones(2))
+
+
+def test_strengths_are_traced():
+    """A sweep over a strength neither recompiles nor checks inside of jit."""
+    traces = []
+
+    @jax.jit
+    def variance(std):
+        traces.append(std)
+        return gf.Problem(DATA, [gf.InputNoise(std)]).input_variance
+
+    np.testing.assert_allclose([variance(0.1), variance(0.2)], [0.01, 0.04])
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("regularizers", "message"),
+    [
+        ([gf.Minibatch(1), gf.Minibatch(2)], "2 x Minibatch given; choose one batch size."),
+        (
+            [gf.InputNoise(0.1), gf.LabelNoise(0.2), gf.InputNoise(0.1)],
+            "2 x InputNoise given; give one with std = sqrt(std_1^2 + std_2^2).",
+        ),
+    ],
+)
+def test_refused_combinations(regularizers, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        gf.Problem(DATA, regularizers)
+
+
+def test_several_weight_decays_and_label_noises_add_up():
+    net = gf.DeepLinear([jnp.ones((1, 2))])
+    several = gf.Problem(DATA, [gf.WeightDecay(0.1), gf.WeightDecay(0.2)])
+    one = gf.Problem(DATA, [gf.WeightDecay(0.1 + 0.2)])
+    for a, b in zip(
+        several.averaged_gradient(net.weights), one.averaged_gradient(net.weights), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-14)

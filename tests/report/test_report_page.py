@@ -1,0 +1,198 @@
+"""The page: one file, complete, escaped, asking nothing of the network."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from gradflow.report import FigureError, draw_figures, inline, write_page
+from gradflow.report.inline import inline_svg
+from gradflow.report.tables import phase_rows, provenance, summary, tone
+from gradflow.study.results import StudyResult
+
+MakeStudy = Callable[..., StudyResult]
+
+FIGURES: tuple[dict[str, Any], ...] = (
+    {"kind": "time_series", "title": "Series", "observables": ["imbalance"]},
+    {"kind": "rates", "title": "Rates"},
+)
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+LINKS = {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}
+
+
+class Page(HTMLParser):
+    """Tags, text and links of a page; fails where tags do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for key, value in attrs if key in LINKS]
+        self.ids += [value or "" for key, value in attrs if key == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+
+
+def page_of(result: StudyResult, *, draw: bool = True) -> tuple[str, Page]:
+    path = write_page(result, draw_figures(result) if draw else ())
+    assert path == result.out / "report.html"
+    html = path.read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def test_page_says_everything_and_asks_nothing_of_the_network(make_study: MakeStudy):
+    html, page = page_of(make_study(*FIGURES, diverged={"sgd": 3}))
+    for words in (
+        "Two phases",
+        "A scalar network of depth 2.",
+        "3 of 5 claims hold, 1 fails, 1 is undecided.",
+        "Label noise removes the imbalance",
+        "0.01253 ± 0.00012",
+        "within 3 standard errors",
+        "1.500 ± 0.030",
+        "predicted 1.6",
+        "0.01263 ± 0.00010",
+        "95\u00a0% [0.01243, 0.01283]",
+        "3 of 16",
+        "no regularization phase: the loss floor is 0",
+        "whitened(target=[[1.0]])",
+        "depth 2, widths 1 → 1 → 1",
+        "LabelNoise(std=0.5)",
+        "GradientDescent(step_size=0.05)",
+        "float64",
+        "12.3 s",
+        "gradflow study spec.toml",
+    ):
+        assert words in page.text
+    order = [page.text.index(h) for h in ("Claims", "Figures", "Phases and rates", "Problem")]
+    assert order == sorted(order)
+    assert page.tags.count("svg") == 2
+
+    assert "http:" not in html
+    assert "https:" not in html
+    assert "script" not in page.tags
+    assert "@import" not in html
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert "url(#figure-" in html  # references stay inside the page ...
+    assert len(page.ids) == len(set(page.ids))  # ... and no two figures share a name
+
+
+def test_texts_of_the_spec_are_escaped(make_study: MakeStudy):
+    evil = '</svg><script>alert("x")</script> & $5'
+    result = make_study(FIGURES[1] | {"title": evil}, title=evil, description=evil)
+    claim = replace(result.claims[0], sentence=evil, rule=evil, detail=evil)
+    run = replace(result.runs["sgd"], label=evil, notes=(evil,))
+    result = replace(result, claims=(claim,), runs={**result.runs, "sgd": run})
+    html, page = page_of(result)
+    assert "<script" not in html
+    assert "script" not in page.tags
+    assert page.text.count(evil) >= 5
+
+
+def test_a_very_large_svg_becomes_a_png(make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inline, "LARGEST_SVG", 10)
+    html, page = page_of(make_study(FIGURES[1]))
+    assert "svg" not in page.tags
+    assert "img" in page.tags
+    assert 'src="data:image/png;base64,' in html
+
+
+def test_inlining_keeps_text_that_looks_like_markup():
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="9pt" viewBox="0 0 9 9"><metadata>m'
+        '</metadata><defs><style>*{fill: red}</style><path id="a"/></defs><use href="#a"/>'
+        '<g clip-path="url(#a)"><text>id="a" &lt;b&gt; url(#a)</text></g></svg>'
+    )
+    found = str(inline_svg(svg, "one", 'say "this"'))
+    assert "http" not in found
+    assert "metadata" not in found
+    assert "width" not in found
+    assert 'id="figure-one-a"' in found
+    assert 'href="#figure-one-a"' in found
+    assert 'clip-path="url(#figure-one-a)"' in found
+    assert "#figure-one *{fill: red}" in found
+    assert '>id="a" &lt;b&gt; url(#a)<' in found
+    assert "say &#34;this&#34;" in found
+
+
+def test_page_without_claims_and_figures(make_study: MakeStudy):
+    _, page = page_of(make_study(claims=()), draw=False)
+    assert "The study makes no claims." in page.text
+    assert "Figures" not in page.text
+    assert "svg" not in page.tags
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words", "colour"),
+    [
+        ([], "The study makes no claims.", "plain"),
+        (["holds"], "The one claim holds.", "holds"),
+        (["holds", "holds"], "All 2 claims hold.", "holds"),
+        (["holds", "fails"], "1 of 2 claims holds, 1 fails.", "fails"),
+        (["holds", "undecided"], "1 of 2 claims holds, 1 is undecided.", "undecided"),
+        (["fails", "fails", "undecided"], "0 of 3 claims hold, 2 fail, 1 is undecided.", "fails"),
+    ],
+)
+def test_summary(make_study: MakeStudy, verdicts: list[Any], words: str, colour: str):
+    result = make_study()
+    claims = tuple(replace(result.claims[0], verdict=verdict) for verdict in verdicts)
+    assert summary(replace(result, claims=claims)) == words
+    assert tone(replace(result, claims=claims)) == colour
+
+
+def test_an_interrupted_study_never_looks_like_a_success(make_study: MakeStudy):
+    result = make_study()
+    result = replace(result, claims=result.claims[:1], status="interrupted")
+    html, page = page_of(result, draw=False)
+    assert "The study was interrupted; 1 of 1 claims holds." in page.text
+    assert 'class="summary fails"' in html
+
+
+def test_a_study_of_which_nothing_finished_still_has_a_page(make_study: MakeStudy):
+    result = replace(make_study(*FIGURES), runs={}, claims=(), status="failed")
+    with pytest.raises(FigureError, match="none of them finished") as error:
+        draw_figures(result)
+    assert error.value.figures == ()
+    _, page = page_of(result, draw=False)
+    assert "The study was broken off by an error; no claim was judged." in page.text
+
+
+def test_runs_without_phases_have_no_line(make_study: MakeStudy):
+    result = make_study()
+    bare = replace(result.runs["flow"], phases=None, rate=None, prediction=None)
+    assert len(phase_rows(result)) == 4
+    assert len(phase_rows(replace(result, runs={**result.runs, "flow": bare}))) == 3
+    lost = make_study(diverged={"flow": 1})
+    bare = replace(lost.runs["flow"], phases=None, rate=None, prediction=None)
+    rows = phase_rows(replace(lost, runs={**lost.runs, "flow": bare}))
+    assert rows[0].cells[-1].value == "1 of 1"
+
+
+def test_provenance_lists_versions_once(make_study: MakeStudy):
+    rows = dict(provenance(make_study()))
+    assert rows["jax"] == "0.10"
+    assert rows["device"] == "cpu"
+    assert rows["seed of the study"] == "7"

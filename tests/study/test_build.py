@@ -1,0 +1,139 @@
+"""From tables to objects: every kind, and errors with the line of the table that is wrong."""
+
+import jax
+import numpy as np
+import pytest
+from specs import HEAD, RUN
+
+import gradflow as gf
+from gradflow.study.build import prepare, run_key
+from gradflow.study.load import SpecError
+
+
+def built(load, text):
+    return prepare(load(text))
+
+
+def dynamics_of(load, table):
+    text = HEAD + RUN.replace('{ kind = "GradientFlow" }', table)
+    return built(load, text)[0].dynamics
+
+
+def test_dynamics(load):
+    flow = dynamics_of(load, '{ kind = "GradientFlow", rtol = 1e-6, stiff = true }')
+    assert isinstance(flow, gf.GradientFlow) and flow.stiff
+    descent = dynamics_of(load, '{ kind = "GradientDescent", step_size = 0.1, momentum = 0.5 }')
+    assert isinstance(descent, gf.GradientDescent)
+    assert descent.momentum is not None and float(descent.momentum) == 0.5
+    sde = dynamics_of(load, '{ kind = "StochasticFlow", step_size = 0.1, substeps = 4 }')
+    assert isinstance(sde, gf.StochasticFlow) and sde.substeps == 4
+
+
+def test_regularizers(load):
+    text = HEAD + RUN + (
+        'regularizers = [{ kind = "LabelNoise", std = 0.5 }, { kind = "InputNoise", std = 0.2 }, '
+        '{ kind = "WeightDecay", rate = 0.1 }, { kind = "Minibatch", batch_size = 2 }]\n'
+    )  # fmt: skip
+    kinds = [type(r) for r in built(load, text)[0].problem.regularizers]
+    assert kinds == [gf.LabelNoise, gf.InputNoise, gf.WeightDecay, gf.Minibatch]
+
+
+NETWORKS = {
+    "gaussian": "widths = [1, 3, 1]\nscale = 0.5\nseed = 3",
+    "orthogonal": "widths = [1, 3, 1]\nseed = 3",
+    "balanced": "widths = [1, 3, 1]\ntarget = [[2.0]]",
+    "unbalanced": "widths = [1, 3, 1]\nimbalance = 1.5\nseed = 3\nheavy = 2",
+}
+
+
+def test_networks(load):
+    head = HEAD[: HEAD.index("[network]")]
+    nets = {}
+    for kind, keys in NETWORKS.items():
+        text = f'{head}[network]\ninit = "{kind}"\n{keys}\n{RUN}'
+        nets[kind] = built(load, text)[0].network
+    key = jax.random.key(3)
+    assert same(nets["gaussian"], gf.init.gaussian([1, 3, 1], key, 0.5))
+    assert same(nets["orthogonal"], gf.init.orthogonal([1, 3, 1], key))
+    assert same(nets["balanced"], gf.init.balanced([[2.0]], [1, 3, 1]))
+    assert same(nets["unbalanced"], gf.init.unbalanced([1, 3, 1], 1.5, key, heavy=2))
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(one.weights, other.weights, strict=True))
+
+
+def test_data(load, tmp_path):
+    (tmp_path / "table.csv").write_text("a,b,y\n1,2,3\n2,1,5\n0,1,1\n4,0,2\n")
+    tables = {
+        "whitened": "target = [[2.0]]\nresidual = 0.5\nn = 4",
+        "moments": "sxx = [[2.0]]\nsyx = [[1.0]]\nsyy = [[3.0]]",
+        "file": 'path = "table.csv"\ntargets = ["y"]\ninputs = ["b"]\nstandardize = "inputs"',
+        "sklearn": 'name = "linnerud"\ntargets = ["Waist"]',
+    }
+    data = {}
+    for source, keys in tables.items():
+        widths = [3, 2, 1] if source == "sklearn" else [1, 2, 1]
+        text = (
+            f'name = "test"\n[data]\nsource = "{source}"\n{keys}\n'
+            f'[network]\ninit = "gaussian"\nwidths = {widths}\n{RUN}'
+        )
+        data[source] = built(load, text)[0].problem.data
+    assert float(data["whitened"].syy[0, 0]) == 4.5 and float(data["whitened"].n) == 4
+    assert float(data["moments"].irreducible_loss) == pytest.approx(0.5 * (3 - 0.5))
+    b, y = np.array([2.0, 1, 1, 0]), np.array([3.0, 5, 1, 2])
+    assert float(data["file"].syx[0, 0]) == pytest.approx(np.mean(y * (b - 1) / b.std()))
+    assert data["sklearn"].target_names == ("Waist",)
+
+
+def test_named_tables(load):
+    text = (
+        HEAD + '[networks.wide]\ninit = "gaussian"\nwidths = [1, 5, 1]\n'
+        '[datasets.far]\nsource = "whitened"\ntarget = [[9.0]]\n'
+        + RUN.replace("flow", "a")
+        + RUN.replace("flow", "b")
+        + 'network = "wide"\ndata = "far"\n'
+        + RUN.replace("flow", "c")
+        + 'network = { init = "gaussian", widths = [1, 4, 1] }\n'
+    )
+    runs = built(load, text)
+    assert [run.network.widths for run in runs] == [(1, 1, 1), (1, 5, 1), (1, 4, 1)]
+    assert [float(run.problem.data.syx[0, 0]) for run in runs] == [1.0, 9.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("[[0.1]]", "[[0.1, 0.2]]", 5, "network: "),
+        ('"whitened"\ntarget = [[1.0]]', '"moments"\nsxx = [[-1]]\nsyx = [[0]]', 2, "data: "),
+        ("[[1.0]]", "[[1.0, 2.0]]", 5, "network: widths 1 -> 1 -> 1 do not fit the data, which "
+         "have 2 inputs and 1 target"),
+        ('"whitened"\ntarget = [[1.0]]', '"file"\npath = "no.csv"\ntargets = ["y"]', 2,
+         "data: data.path: there is no file"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_line_of_the_table(load, tmp_path, old, new, line, message):
+    with pytest.raises(SpecError) as caught:
+        built(load, (HEAD + RUN).replace(old, new))
+    assert str(caught.value).startswith(f"{tmp_path}/spec.toml:{line}: {message}")
+
+
+def test_two_minibatches_are_an_error_of_the_regularizers(load):
+    text = HEAD + RUN + (
+        'regularizers = [{ kind = "Minibatch", batch_size = 2 }, '
+        '{ kind = "Minibatch", batch_size = 3 }]\n'
+    )  # fmt: skip
+    with pytest.raises(SpecError, match=r'spec.toml:12: run "flow", regularizers: .*2 x Minibatch'):
+        built(load, text)
+
+
+def test_keys_depend_on_name_and_seed_only(load):
+    def words(spec, i):
+        return tuple(jax.random.key_data(run_key(spec, spec.run[i])).tolist())
+
+    two = HEAD + RUN + RUN.replace("flow", "other")
+    spec, swapped = load(two).spec, load(HEAD + RUN.replace("flow", "other") + RUN).spec
+    assert words(spec, 0) == words(swapped, 1) != words(spec, 1)
+    assert words(load(two, seed=1).spec, 0) != words(spec, 0)
+    shared = load(HEAD + RUN + "seed = 5\n" + RUN.replace("flow", "other") + "seed = 5\n").spec
+    assert words(shared, 0) == words(shared, 1)

@@ -1,0 +1,265 @@
+"""Every quantity on runs whose values are known in closed form."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from specs import make_run
+
+import gradflow as gf
+from gradflow.analysis import Prediction
+from gradflow.study.measures import MEASURES
+from gradflow.study.quantities import QUANTITIES
+from gradflow.study.spec import ClaimSpec
+
+
+def claim(quantity, **keys):
+    return ClaimSpec.model_validate(
+        {"sentence": "x", "run": "run", "quantity": quantity, "at_most": 1.0, **keys}
+    )
+
+
+def measure(quantity, *runs, **keys):
+    return MEASURES[quantity](claim(quantity, **keys), runs)
+
+
+def test_every_quantity_is_measured_and_described():
+    assert set(MEASURES) == set(QUANTITIES)
+    assert all(function.__doc__ for function in MEASURES.values())
+
+
+def test_rate_and_drift_in_a_window():
+    time = np.linspace(0.0, 2.0, 41)
+    run = make_run(time=time, imbalance=3 * np.exp(-0.7 * time), loss=1.0 - 0.25 * time)
+    rate = measure("rate", run, window=[0.5, 2.0])
+    assert rate.value == pytest.approx(0.7, rel=1e-10)
+    assert rate.error is None and rate.predicted is None
+    drift = measure("drift", run, window=[0.0, 2.0], observable="loss")
+    assert drift.value == pytest.approx(-0.25, rel=1e-10)
+
+
+def test_rate_of_the_mean_is_not_the_mean_of_the_rates():
+    time = np.linspace(0.0, 1.0, 21)
+    rates = np.array([0.5, 1.5])
+    run = make_run(time=time, replicas=2, imbalance=np.exp(-rates[:, None] * time))
+    assert measure("rate", run, window=[0.0, 1.0]).value == pytest.approx(1.0, rel=1e-10)
+    assert measure("rate", run, window=[0.0, 1.0], of_mean=True).value != pytest.approx(
+        1.0, rel=1e-3
+    )
+
+
+def test_predictions_are_those_of_the_imbalance_only():
+    time = np.linspace(0.0, 1.0, 21)
+    run = make_run(time=time, imbalance=np.exp(-time), loss=np.exp(-2 * time))
+    nan = math.nan
+    limit = gf.DeepLinear([np.ones((1, 1)), np.ones((1, 1))])
+    predicted = Prediction(nan, nan, nan, 0.8, -0.8, nan, 0.1, limit)
+    run = type(run)(**{**run.__dict__, "prediction": predicted})
+    assert measure("rate", run, window=[0, 1]).predicted == 0.8
+    assert measure("rate", run, window=[0, 1], observable="loss").predicted is None
+    ratio = measure("predicted_ratio", run, window=[0, 1], of="rate")
+    assert ratio.value == pytest.approx(1.25)
+    with pytest.raises(ValueError, match="no prediction of rate"):
+        measure("predicted_ratio", run, window=[0, 1], of="rate", observable="loss")
+
+
+def test_final_change_and_ratio_average_over_replicas():
+    start, end = np.array([1.0, 2.0, 4.0]), np.array([2.0, 5.0, 5.0])
+    run = make_run(time=np.array([0.0, 1.0]), replicas=3, loss=np.stack([start, end], axis=1))
+    for quantity, values in (
+        ("final", end),
+        ("change", end - start),
+        ("change_ratio", end / start),
+    ):
+        found = measure(quantity, run, observable="loss")
+        assert found.value == pytest.approx(values.mean())
+        assert found.error == pytest.approx(stats.sem(values))
+
+
+def test_one_path_has_no_error():
+    run = make_run(time=np.array([0.0, 1.0]), loss=np.array([1.0, 3.0]))
+    assert measure("final", run, observable="loss").error is None
+    run = make_run(time=np.array([0.0, 1.0]), replicas=1, loss=np.array([[1.0, 3.0]]))
+    assert measure("final", run, observable="loss").error is None
+
+
+def test_diverged_replicas_are_left_out():
+    values = np.array([[1.0, 2.0], [1.0, 4.0], [1.0, math.nan]])
+    run = make_run(
+        time=np.array([0.0, 1.0]), replicas=3, diverged=np.array([False, False, True]), loss=values
+    )
+    assert measure("final", run, observable="loss").value == 3.0
+    run = make_run(
+        time=np.array([0.0, 1.0]), replicas=3, diverged=np.array([True] * 3), loss=values
+    )
+    with pytest.raises(ValueError, match="every replica diverged"):
+        measure("final", run, observable="loss")
+
+
+def test_components_of_an_observable():
+    values = np.arange(8.0).reshape(2, 2, 2)  # time, layer, column
+    run = make_run(time=np.array([0.0, 1.0]), squared_norms=values)
+    assert measure("final", run, observable="squared_norms", component=[1, -1]).value == 7.0
+    assert measure("max_change", run, observable="squared_norms").value == 4.0
+    with pytest.raises(ValueError, match=r"has shape \(2, 2\); choose an entry"):
+        measure("final", run, observable="squared_norms")
+    for wrong in ([0], [2, 0]):
+        with pytest.raises(ValueError, match="does not index squared_norms"):
+            measure("final", run, observable="squared_norms", component=wrong)
+    with pytest.raises(ValueError, match="did not record sharpness"):
+        measure("final", run, observable="sharpness")
+
+
+def test_change_ratio_from_zero_is_an_error():
+    run = make_run(time=np.array([0.0, 1.0]), loss=np.array([0.0, 1.0]))
+    with pytest.raises(ValueError, match="0 at the start"):
+        measure("change_ratio", run, observable="loss")
+
+
+def test_difference_adds_errors_in_quadrature():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(3.0, 1.0, (50, 1)), rng.normal(1.0, 2.0, (80, 1))
+    runs = [
+        make_run(name, time=np.zeros(1), replicas=len(values), loss=values)
+        for name, values in (("a", first), ("b", second))
+    ]
+    keys = {"observable": "loss", "run": None, "runs": ["a", "b"]}
+    found = measure("difference", *runs, **keys)
+    welch = stats.ttest_ind(first[:, 0], second[:, 0], equal_var=False)
+    assert found.value == pytest.approx(first.mean() - second.mean())
+    assert found.value / found.error == pytest.approx(welch.statistic)
+    relative = measure("difference", *runs, relative=True, **keys)
+    assert relative.value == pytest.approx(found.value / second.mean())
+
+
+def test_agreement_is_the_verdict_of_the_comparison():
+    time = np.linspace(0.0, 1.0, 5)
+    runs = [make_run(name, time=time, loss=1 + c * time) for name, c in (("a", 0.0), ("b", 0.03))]
+    keys = {"observable": "loss", "run": None, "runs": ["a", "b"], "at_most": None}
+    assert measure("agreement", *runs, expected="agree", **keys).word == "agree"
+    strict = measure("agreement", *runs, expected="agree", tolerance=0.01, **keys)
+    assert strict.word == "differ"
+    assert strict.value == pytest.approx(0.03)
+
+
+def gradient_descent(step, decay, steps, seed=0, replicas=None):
+    """Weights of gradient descent on L = 1/2 |P - T|^2 + decay/2 |W|^2, written out in NumPy."""
+    rng = np.random.default_rng(seed)
+    target = np.array([[1.0, -0.5]])
+    shape = () if replicas is None else (replicas,)
+    first, second = rng.normal(size=(*shape, 3, 2)), rng.normal(size=(*shape, 1, 3))
+    path = [(first, second)]
+    for _ in range(steps):
+        residual = second @ first - target
+        grads = np.swapaxes(second, -1, -2) @ residual, residual @ np.swapaxes(first, -1, -2)
+        first = (1 - step * decay) * first - step * grads[0]
+        second = (1 - step * decay) * second - step * grads[1]
+        path.append((first, second))
+    axis = 0 if replicas is None else 1
+    return [np.stack(layer, axis=axis) for layer in zip(*path, strict=True)]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("replicas", [None, 3])
+def test_gd_identity_holds_for_gradient_descent_and_not_for_another_step(decay, replicas):
+    weights = gradient_descent(0.05, decay, 20, replicas=replicas)
+    regularizers = [gf.WeightDecay(decay)] if decay else []
+    problem = gf.Problem(gf.Regression.whitened([[1.0, -0.5]]), regularizers)
+    keys = {"time": 0.05 * np.arange(21), "weights": weights, "problem": problem}
+    keys["replicas"] = replicas
+    right = make_run(dynamics={"kind": "GradientDescent", "step_size": 0.05}, **keys)
+    assert measure("gd_identity", right).value < 1e-13
+    wrong = make_run(dynamics={"kind": "GradientDescent", "step_size": 0.06}, **keys)
+    assert measure("gd_identity", wrong).value > 1e-5
+    flow = make_run(**keys)
+    with pytest.raises(ValueError, match="gradient descent without noise"):
+        measure("gd_identity", flow)
+
+
+def test_balancedness_of_stored_weights():
+    time = np.linspace(0.0, 1.0, 6)
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(size=(3, 2)), rng.normal(size=(1, 3))
+    shrink = np.exp(-0.2 * time)[:, None, None]
+    problem = gf.Problem(gf.Regression.whitened([[1.0, 0.0]]), [gf.WeightDecay(0.2)])
+    run = make_run(time=time, weights=[shrink * first, shrink * second], problem=problem)
+    start = second.T @ second - first @ first.T
+    largest = np.max(np.abs(start)) * (1 - np.exp(-0.4))
+    assert measure("balancedness_change", run).value == pytest.approx(largest)
+    assert measure("balancedness_decay", run).value < 1e-14
+    with pytest.raises(ValueError, match="were not stored"):
+        measure("balancedness_change", make_run(loss=np.ones(11)))
+
+
+def test_drift_ratio_sums_steps_or_integrates():
+    rng = np.random.default_rng(2)
+    drift = -0.1 - 0.05 * rng.random((4, 11))
+    time, step = 0.5 * np.arange(11), np.arange(11)
+    moved = np.concatenate([np.zeros((4, 1)), np.cumsum(0.5 * drift[:, :-1], axis=1)], axis=1)
+    keys = {"time": time, "replicas": 4, "imbalance": 5 + moved, "imbalance_drift": drift}
+    exact = measure("drift_ratio", make_run(step=step, **keys))
+    assert exact.value == pytest.approx(1.0, abs=1e-14)
+    assert exact.error == pytest.approx(0.0, abs=1e-14)
+    flow = measure("drift_ratio", make_run(**keys), window=[1.0, 4.0])
+    integral = np.trapezoid(drift[:, 2:9], time[2:9], axis=1).mean()
+    assert flow.value == pytest.approx((moved[:, 8] - moved[:, 2]).mean() / integral)
+    with pytest.raises(ValueError, match="fewer than two saved times"):
+        measure("drift_ratio", make_run(**keys), window=[1.1, 1.2])
+
+
+def test_drift_ratio_error_is_the_spread_of_repeated_experiments():
+    rng = np.random.default_rng(3)
+    found = []
+    for _ in range(200):
+        drift = np.broadcast_to(-1.0 - 0.3 * rng.normal(size=(64, 1)), (64, 11))
+        noise = rng.normal(0.0, 0.2, (64, 11))
+        noise[:, 0] = 0.0
+        values = 5 + drift * np.linspace(0, 1, 11) + noise
+        run = make_run(replicas=64, imbalance=values, imbalance_drift=drift)
+        found.append(measure("drift_ratio", run))
+    values = np.array([measurement.value for measurement in found])
+    errors = np.array([measurement.error for measurement in found])
+    assert errors.mean() == pytest.approx(values.std(ddof=1), rel=0.15)
+    assert values.mean() == pytest.approx(1.0, abs=4 * errors.mean() / math.sqrt(200))
+
+
+def scaling_runs(exponent, noise=0.0):
+    steps = np.array([0.1, 0.05, 0.025, 0.0125])
+    wiggle = np.exp(noise * np.array([1.0, -1.0, -1.0, 1.0]))
+    return (
+        steps,
+        wiggle * 3 * steps**exponent,
+        [
+            make_run(
+                f"r{i}",
+                time=np.array([0.0, 1.0]),
+                dynamics={"kind": "GradientDescent", "step_size": step},
+                loss=np.array([1.0, 1.0 + change]),
+            )
+            for i, (step, change) in enumerate(
+                zip(steps, wiggle * 3 * steps**exponent, strict=True)
+            )
+        ],
+    )
+
+
+def test_exponent_is_the_slope_of_the_logarithms():
+    keys = {"of": "change", "parameter": "step_size", "observable": "loss", "run": None}
+    keys["runs"] = ["r0", "r1", "r2", "r3"]
+    _, _, runs = scaling_runs(1.5)
+    assert measure("exponent", *runs, **keys).value == pytest.approx(1.5, rel=1e-12)
+    steps, values, runs = scaling_runs(1.5, noise=0.1)
+    fit = stats.linregress(np.log(steps), np.log(values))
+    found = measure("exponent", *runs, **keys)
+    assert found.value == pytest.approx(fit.slope, rel=1e-10)
+    assert found.error == pytest.approx(fit.stderr, rel=1e-10)
+    flat = [make_run(f"r{i}", loss=np.ones(11), dynamics=run.spec.dynamics.model_dump())
+            for i, run in enumerate(runs)]  # fmt: skip
+    with pytest.raises(ValueError, match="its log is needed"):
+        measure("exponent", *flat, **keys)
+
+
+def test_phases_are_read_or_their_absence_explained():
+    with pytest.raises(ValueError, match="the run has no phases"):
+        measure("separation", make_run(loss=np.ones(11)))

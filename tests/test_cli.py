@@ -1,0 +1,199 @@
+"""The program `gradflow`: exit statuses, folders, messages, Ctrl-C."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from specs import HEAD, RUN
+from typer.testing import CliRunner
+
+from gradflow import cli
+from gradflow.study.load import load_study
+from gradflow.study.quantities import QUANTITIES
+
+PROGRAM = [sys.executable, "-c", "from gradflow.cli import main; main()"]
+
+GOOD = (
+    HEAD
+    + RUN
+    + """\
+regularizers = [{ kind = "WeightDecay", rate = 0.1 }]
+observables = ["loss", "imbalance"]
+[[figure]]
+kind = "time_series"
+name = "losses"
+observables = ["loss"]
+[[claim]]
+sentence = "Weight decay removes the imbalance at twice its rate."
+run = "flow"
+quantity = "rate"
+window = [0.0, 1.0]
+expected = 0.2
+tolerance = 1e-4
+"""
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "140")
+    (tmp_path / "good.toml").write_text(GOOD)
+    (tmp_path / "false.toml").write_text(GOOD.replace("expected = 0.2", "expected = 0.3"))
+    (tmp_path / "bad.toml").write_text(GOOD.replace("rate = 0.1", "rate = -0.1"))
+    return tmp_path
+
+
+def call(*arguments: str):
+    """Call the program inside this process."""
+    result = CliRunner().invoke(cli.app, list(arguments))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def status(folder: Path) -> str:
+    return json.loads((folder / "status.json").read_text())["status"]
+
+
+def test_the_program_runs_a_study_and_repeats_it(folder):
+    run = subprocess.run(
+        [*PROGRAM, "study", "good.toml"], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    out = folder / "results" / "test"
+    assert {path.name for path in out.iterdir()} == {
+        "claims.json", "figures", "report.html", "runs", "spec.json", "spec.toml", "status.json",
+    }  # fmt: skip
+    assert {path.name for path in (out / "figures").iterdir()} == {"losses.png", "losses.svg"}
+    assert status(out) == "complete" and (out / "spec.toml").read_text() == GOOD
+    (claim,) = json.loads((out / "claims.json").read_text())["claims"]
+    assert claim["verdict"] == "holds" and claim["measured"] == pytest.approx(0.2, rel=1e-6)
+    assert re.search(r"\[1/1\] flow: done \(\d", run.stdout)
+    assert "Weight decay removes the imbalance" in run.stdout and "holds" in run.stdout
+    assert run.stdout.rstrip().endswith(f"Report: {out / 'report.html'}")
+
+    # a result is refused unless it is to be replaced, and can itself be run again
+    refused = call("study", "good.toml")
+    assert refused.exit_code == 2
+    assert refused.stderr == (
+        "results/test: holds a complete result; replace it with --overwrite or choose another "
+        "--out\n"
+    )
+    again = call("study", "results/test", "--overwrite", "--quiet")
+    assert again.exit_code == 0 and again.output == ""
+    assert [path.name for path in (folder / "results").iterdir()] == ["test"]
+
+
+def test_a_claim_that_fails(folder):
+    result = call("study", "false.toml", "--out", "here")
+    assert result.exit_code == 1
+    assert "fails" in result.stdout and "0 of 1 claims hold." in result.stdout
+    assert "off by 0.1" in result.stdout
+    assert (folder / "here" / "report.html").exists()
+
+
+def test_bad_input(folder):
+    result = call("study", "bad.toml", "good.toml", "nowhere")
+    assert result.exit_code == 2
+    first, second = result.stderr.splitlines()
+    assert first == 'bad.toml:12: run "flow", regularizers[0].rate: got -0.1; allowed: a number > 0'
+    assert second.startswith('"nowhere" is neither a file nor a shipped experiment; shipped: ')
+    assert not (folder / "results").exists()
+
+
+def test_nothing_is_run_when_a_folder_cannot_be_used(folder):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "notes.txt").write_text("x")
+    result = call("study", "good.toml", "--out", "mine", "--overwrite")
+    assert result.exit_code == 2 and "not a gradflow result" in result.stderr
+    both = call("study", "good.toml", "false.toml")
+    assert both.exit_code == 2
+    assert both.stderr == ("results/test: two of the SPECs are to write here; rename one of them\n")
+    assert not (folder / "results").exists()
+
+
+def test_several_studies_and_integrating_only(folder):
+    (folder / "other.toml").write_text(GOOD.replace('"test"', '"other"'))
+    result = call("run", "good.toml", "other.toml", "--out", "all", "--seed", "3")
+    assert result.exit_code == 0
+    for name in ("test", "other"):
+        out = folder / "all" / name
+        assert {path.name for path in out.iterdir()} == {
+            "runs", "spec.json", "spec.toml", "status.json",
+        }  # fmt: skip
+        assert json.loads((out / "spec.json").read_text())["seed"] == 3
+
+
+def test_a_figure_that_cannot_be_drawn_is_bad_input_but_loses_nothing(folder):
+    text = GOOD.replace(
+        'observables = ["loss"]', 'observables = ["squared_norms"]\ncomponent = [5]'
+    )
+    text = text.replace('"loss", "imbalance"', '"loss", "imbalance", "squared_norms"')
+    (folder / "good.toml").write_text(text)
+    result = call("study", "good.toml")
+    assert result.exit_code == 2 and "component" in result.stderr
+    assert (folder / "results/test/report.html").exists()
+    assert status(folder / "results/test") == "complete"
+
+
+def test_ctrl_c(folder):
+    endless = (
+        RUN.replace('"flow"', '"endless"')
+        .replace('{ kind = "GradientFlow" }', '{ kind = "GradientDescent", step_size = 1e-9 }')
+    )  # fmt: skip
+    (folder / "long.toml").write_text(HEAD + RUN + endless)
+    with subprocess.Popen(
+        [*PROGRAM, "study", "long.toml", "--jobs", "1"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("[1/2]"):
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 130
+    out = folder / "results" / "test"
+    assert status(out) == "interrupted" and (out / "runs" / "flow.nc").exists()
+    assert "Interrupted." in rest and [path.name for path in out.parent.iterdir()] == ["test"]
+    refused = call("study", "good.toml")
+    assert refused.exit_code == 2 and "a result with status 'interrupted'" in refused.stderr
+
+
+def test_an_unexpected_error_is_not_mistaken_for_a_failing_claim(folder, monkeypatch, capfd):
+    monkeypatch.setattr(cli, "_integrate", lambda *_: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["gradflow", "study", "good.toml"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 3
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert status(folder / "results" / "test") == "failed"
+
+
+def test_help_teaches():
+    text = call("study", "--help").stdout
+    assert all(name in text for name in QUANTITIES)
+    for word in ("report.html", "claims.json", "Exit status", "--overwrite", "--short", "--jobs"):
+        assert word in text
+
+
+def test_the_spec_in_the_help_is_valid(tmp_path):
+    text = cli.STUDY_HELP.partition("\b\n  name =")[2].partition("\n\nA claim")[0]
+    path = tmp_path / "mine.toml"
+    path.write_text("name =" + text)
+    assert tomllib.loads(path.read_text())["name"] == load_study(path).spec.name == "mine"
+
+
+def test_list_and_version():
+    listed = call("list").stdout.splitlines()
+    assert [line.split()[0] for line in listed][:3] == ["conservation", "diabetes", "two_phases"]
+    assert re.fullmatch(r"gradflow \d+\.\d+\S*\n", call("--version").stdout)
