@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ HOLDS, CLAIM_FAILS, BAD_INPUT, BROKEN, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit statuses."""
 
 _PIPE_WIDTH = 120
+_WIDE = 100
 _MARKS = {"holds": ("✓", "green"), "fails": ("✗", "red"), "undecided": ("?", "yellow")}
 _WIDEST = max(map(len, QUANTITIES))
 _QUANTITIES = "\n".join(f"  {name:<{_WIDEST}}  {q.meaning}" for name, q in QUANTITIES.items())
@@ -98,7 +100,7 @@ app = typer.Typer(
 
 Specs = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SPEC]...", help="Files or shipped names (default: two_phases)."),
+    typer.Argument(metavar="SPEC", help="Files or shipped names (default: two_phases)."),
 ]
 Out = Annotated[
     Path | None,
@@ -186,6 +188,9 @@ def list_experiments() -> None:
 def main() -> None:
     """Entry point of the `gradflow` program."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a check mark
     try:
         app()
     except Exception:
@@ -320,12 +325,11 @@ def _console(quiet: bool) -> Console:
 def _summarize(result: StudyResult, console: Console) -> None:
     """End with the table of claims and where the results are."""
     if result.status == "interrupted":
-        console.print(
-            f"Interrupted. {len(result.runs)} of {len(result.spec.run)} runs were recorded.",
-            highlight=False,
-        )
+        ended = sum(not run.trajectory.interrupted for run in result.runs.values())
+        total = len(result.spec.run)
+        console.print(f"Interrupted: {ended} of {total} runs reached their end.", highlight=False)
     if result.claims:
-        console.print(_table(result))
+        console.print(_table(result, with_rules=console.width >= _WIDE))
         held = sum(claim.verdict == "holds" for claim in result.claims)
         console.print(f"{held} of {len(result.claims)} claims hold.", highlight=False)
     page = result.out / "report.html"
@@ -333,7 +337,8 @@ def _summarize(result: StudyResult, console: Console) -> None:
     console.print(where, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(result: StudyResult) -> Table:
+def _table(result: StudyResult, with_rules: bool) -> Table:
+    """The claims; on a narrow terminal the rule stands below the sentence."""
     from gradflow.report.formatting import number, with_error
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -341,18 +346,17 @@ def _table(result: StudyResult) -> Table:
     table.add_column("Claim", ratio=1)
     table.add_column("Measured", justify="right", no_wrap=True)
     table.add_column("Expected", justify="right", no_wrap=True)
-    table.add_column("Rule")
+    if with_rules:
+        table.add_column("Rule")
     for claim in result.claims:
         mark, style = _MARKS[claim.verdict]
         expected = claim.expected if isinstance(claim.expected, str) else number(claim.expected)
         sentence = Text(claim.sentence)
+        if not with_rules:
+            sentence.append(f"\n{claim.rule}", style="dim")
         if claim.verdict != "holds" and claim.detail:
             sentence.append(f"\n{claim.detail}", style="dim")
-        table.add_row(
-            Text(f"{mark} {claim.verdict}", style=style),
-            sentence,
-            with_error(claim.measured, claim.measured_error),
-            expected,
-            claim.rule,
-        )
+        measured = with_error(claim.measured, claim.measured_error)
+        cells = [Text(f"{mark} {claim.verdict}", style=style), sentence, measured, expected]
+        table.add_row(*cells, *([claim.rule] if with_rules else []))
     return table

@@ -6,10 +6,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 import gradflow as gf
-from gradflow.theory import noise_covariance
+from gradflow.streams import Stream
+from gradflow.theory import expected_balancedness_drift, imbalance_drift, noise_covariance
+from gradflow.theory.drift import layer_drifts
 from gradflow.types import EndToEnd, Scalar, Weights
 
 
@@ -72,6 +74,30 @@ def faces(problem: gf.Problem, weights: Weights) -> Faces:
 def sampled_gradients(problem: gf.Problem, weights: Weights, draws: tuple) -> Array:
     """The stochastic gradients of many draws (first axis), as vectors."""
     return jax.vmap(lambda draw: _flat(problem.sampled_gradient(weights, draw)))(draws)
+
+
+@eqx.filter_jit
+def draws(problem: gf.Problem, stream: Stream, widths: tuple[int, ...]) -> tuple:
+    """The random numbers of all steps and paths of the stream."""
+    return problem.draw(stream, widths)
+
+
+class Drifts(NamedTuple):
+    """Expected drifts per unit of flow time."""
+
+    balancedness: list[Array]
+    layers: Array
+    imbalance: Scalar
+
+
+@eqx.filter_jit
+def drifts(problem: gf.Problem, weights: Weights, step_size: ArrayLike, discrete: bool) -> Drifts:
+    """Everything that the theory says about the drift of imbalance."""
+    return Drifts(
+        expected_balancedness_drift(problem, weights, step_size, discrete),
+        layer_drifts(problem, weights, step_size, discrete),
+        imbalance_drift(problem, weights, step_size, discrete),
+    )
 
 
 def _flat(layers: Weights) -> Array:

@@ -127,8 +127,8 @@ def gauss_hermite(dimensions: int, points: int) -> tuple[np.ndarray, np.ndarray]
     Exact for polynomials of degree up to 2 `points` - 1 in every coordinate.
     """
     nodes, weights = hermegauss(points)
-    grid = np.array(list(itertools.product(nodes, repeat=dimensions))).reshape(-1, dimensions)
-    each = np.array(list(itertools.product(weights, repeat=dimensions))).reshape(-1, dimensions)
+    grid = np.array(list(itertools.product(nodes, repeat=dimensions)))
+    each = np.array(list(itertools.product(weights, repeat=dimensions)))
     return grid, np.prod(each, axis=1) / math.sqrt(2.0 * math.pi) ** dimensions
 
 

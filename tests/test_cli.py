@@ -131,13 +131,11 @@ def test_several_studies_and_integrating_only(folder):
 
 
 def test_a_figure_that_cannot_be_drawn_is_bad_input_but_loses_nothing(folder):
-    text = GOOD.replace(
-        'observables = ["loss"]', 'observables = ["squared_norms"]\ncomponent = [5]'
-    )
-    text = text.replace('"loss", "imbalance"', '"loss", "imbalance", "squared_norms"')
-    (folder / "good.toml").write_text(text)
+    text = GOOD.replace("t1 = 1.0", "t1 = 1.0\nstore_weights = false")
+    (folder / "good.toml").write_text(text + '[[figure]]\nkind = "phase_portrait"\n')
     result = call("study", "good.toml")
-    assert result.exit_code == 2 and "component" in result.stderr
+    assert result.exit_code == 2 and "stored no weights" in result.stderr
+    assert (folder / "results/test/figures/losses.png").exists()
     assert (folder / "results/test/report.html").exists()
     assert status(folder / "results/test") == "complete"
 
@@ -160,7 +158,8 @@ def test_ctrl_c(folder):
         assert process.wait(timeout=60) == 130
     out = folder / "results" / "test"
     assert status(out) == "interrupted" and (out / "runs" / "flow.nc").exists()
-    assert "Interrupted." in rest and [path.name for path in out.parent.iterdir()] == ["test"]
+    assert "Ctrl-C: stopping" in rest and "Interrupted: 1 of 2 runs reached their end." in rest
+    assert [path.name for path in out.parent.iterdir()] == ["test"]
     refused = call("study", "good.toml")
     assert refused.exit_code == 2 and "a result with status 'interrupted'" in refused.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -13,12 +14,14 @@ from gradflow import init
 from gradflow.data import Regression
 from gradflow.dynamics import AbstractDynamics, GradientDescent, GradientFlow, StochasticFlow
 from gradflow.network import DeepLinear
+from gradflow.observables import resolve
 from gradflow.problem import Problem
 from gradflow.regularizers import InputNoise, LabelNoise, Minibatch, WeightDecay
 from gradflow.study.faults import Fault
 from gradflow.study.load import Study
 from gradflow.study.locate import Path
-from gradflow.study.spec import RunSpec, StudySpec
+from gradflow.study.quantities import QUANTITIES
+from gradflow.study.spec import RunSpec, StudySpec, TimeSeries
 from gradflow.study.tables import (
     BalancedInit,
     DataSpec,
@@ -34,8 +37,10 @@ from gradflow.study.tables import (
     UnbalancedInit,
     WhitenedData,
 )
+from gradflow.types import Weights
 
 _DYNAMICS = {kind.__name__: kind for kind in (GradientFlow, GradientDescent, StochasticFlow)}
+_OF_ARRAYS = ("max_change", "agreement")
 _REGULARIZERS = {kind.__name__: kind for kind in (LabelNoise, InputNoise, WeightDecay, Minibatch)}
 
 
@@ -48,6 +53,8 @@ class PreparedRun:
     network: DeepLinear
     dynamics: AbstractDynamics
     key: jax.Array
+    shapes: dict[str, tuple[int, ...]]
+    """Shapes of the observables at one time of one path."""
 
 
 def prepare(study: Study) -> tuple[PreparedRun, ...]:
@@ -70,10 +77,14 @@ def prepare(study: Study) -> tuple[PreparedRun, ...]:
             problem = Problem(data, regularizers=regularizers)
             place = (*at, "dynamics")
             dynamics = build_dynamics(run.dynamics)
+            place = (*at, "observables")
+            shapes = observable_shapes(run, problem, network, dynamics)
         except (ValueError, TypeError, OSError) as error:
             faults.append(Fault(place, str(error)))
             continue
-        prepared.append(PreparedRun(run, problem, network, dynamics, run_key(study.spec, run)))
+        key = run_key(study.spec, run)
+        prepared.append(PreparedRun(run, problem, network, dynamics, key, shapes))
+    faults += _entries(study.spec, {run.spec.name: run.shapes for run in prepared})
     if faults:
         raise study.error(faults)
     return tuple(prepared)
@@ -127,6 +138,23 @@ def build_regularizer(spec: RegularizerSpec) -> LabelNoise | InputNoise | Weight
     return _REGULARIZERS[spec.kind](**spec.model_dump(exclude={"kind"}))
 
 
+def observable_shapes(
+    run: RunSpec, problem: Problem, network: DeepLinear, dynamics: AbstractDynamics
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every observable of a run, found without computing it.
+
+    **Raises:** `ValueError` for an observable that this dynamics does not have.
+    """
+    observables = resolve(run.observables)
+
+    def evaluate(weights: Weights) -> dict[str, jax.Array]:
+        net = DeepLinear(weights)
+        return {o.name: o.evaluate(net, problem, dynamics) for o in observables}
+
+    found = jax.eval_shape(evaluate, network.weights)
+    return {name: tuple(value.shape) for name, value in found.items()}
+
+
 def run_key(spec: StudySpec, run: RunSpec) -> jax.Array:
     """The random key of a run.
 
@@ -136,6 +164,44 @@ def run_key(spec: StudySpec, run: RunSpec) -> jax.Array:
     if run.seed is not None:
         return jax.random.key(run.seed)
     return jax.random.fold_in(jax.random.key(spec.seed), zlib.crc32(run.name.encode()))
+
+
+def _entries(spec: StudySpec, shapes: Mapping[str, dict[str, tuple[int, ...]]]) -> Iterator[Fault]:
+    """Claims and figures that need one number where an observable has another shape."""
+    for i, claim in enumerate(spec.claim):
+        quantity = claim.of or claim.quantity
+        takes_arrays = quantity in _OF_ARRAYS and claim.component is None
+        if claim.observable is None or takes_arrays:
+            continue
+        for name in claim.run_names:
+            shape = shapes.get(name, {}).get(claim.observable, ())
+            takes_entry = "component" in QUANTITIES[claim.quantity].keys
+            if shape and not takes_entry:
+                message = f"{claim.observable} has shape {[*shape]}; {quantity} needs a number"
+                yield Fault(("claim", i, "observable"), message)
+            elif takes_entry:
+                yield from _entry(claim.observable, claim.component, shape, ("claim", i))
+    for i, figure in enumerate(spec.figure):
+        if not isinstance(figure, TimeSeries):
+            continue
+        for observable in figure.observables:
+            for name in figure.runs or shapes:
+                if shape := shapes.get(name, {}).get(observable, ()):
+                    yield from _entry(observable, figure.component, shape, ("figure", i))
+
+
+def _entry(
+    observable: str, component: list[int] | None, shape: tuple[int, ...], at: Path
+) -> Iterator[Fault]:
+    chosen = component or []
+    fits = len(chosen) == len(shape) and all(
+        -size <= index < size for index, size in zip(chosen, shape, strict=True)
+    )
+    if fits:
+        return
+    given = "is missing" if component is None else f"got {component}"
+    kind = f"has shape {[*shape]}; give the indices of one entry" if shape else "is a number"
+    yield Fault((*at, "component"), f"{given}; {observable} {kind}")
 
 
 def _optional_key(seed: int | None) -> jax.Array | None:

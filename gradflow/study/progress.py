@@ -20,6 +20,8 @@ from rich.progress import (
 from gradflow.study.results import RunResult
 from gradflow.study.spec import RunSpec
 
+_STOPPING = "Ctrl-C: stopping, and keeping what was done ..."
+
 
 @runtime_checkable
 class Reporter(Protocol):
@@ -34,6 +36,9 @@ class Reporter(Protocol):
     def finished(self, result: RunResult, seconds: float) -> None:
         """A run is over, at its end or interrupted."""
 
+    def stopping(self) -> None:
+        """Ctrl-C: runs end at their next report of progress."""
+
 
 class Silent:
     """Reports nothing."""
@@ -45,6 +50,9 @@ class Silent:
         """Nothing."""
 
     def finished(self, result: RunResult, seconds: float) -> None:
+        """Nothing."""
+
+    def stopping(self) -> None:
         """Nothing."""
 
 
@@ -69,6 +77,10 @@ class Lines:
             self.done += 1
             text = f"[{self.done}/{self.total}] {result.name}: {outcome(result)} ({seconds:.1f} s)"
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def stopping(self) -> None:
+        """Say so."""
+        self.console.print(_STOPPING)
 
 
 class Bars:
@@ -119,6 +131,10 @@ class Bars:
         if not result.trajectory.interrupted:
             self._progress.update(task, completed=1.0, total=1.0)
         self._progress.stop_task(task)
+
+    def stopping(self) -> None:
+        """Say so, above the bars."""
+        self._progress.console.print(_STOPPING)
 
 
 def outcome(result: RunResult) -> str:

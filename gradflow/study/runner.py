@@ -92,7 +92,7 @@ class _Execution:
         self.warnings: dict[int, list[str]] = {}  # by thread
 
     def carry_out(self, prepared: Sequence[PreparedRun], jobs: int) -> None:
-        """Carry out all runs; a second Ctrl-C gives up at once."""
+        """Carry out all runs, or until Ctrl-C."""
         with ThreadPoolExecutor(jobs) as pool, _warnings_go_to(self._keep_warning):
             pending: set[Future[None]] = {pool.submit(self._one, run) for run in prepared}
             while pending:
@@ -101,8 +101,8 @@ class _Execution:
                 except KeyboardInterrupt:
                     for future in pending:
                         future.cancel()
-                    if self.stop.is_set():
-                        raise
+                    if not self.stop.is_set():
+                        self.reporter.stopping()
                     self.stop.set()
 
     def _one(self, prepared: PreparedRun) -> None:

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, stats
 
 import gradflow as gf
 from gradflow.analysis.rates import decay_rate, drift
+from gradflow.analysis.statistics import trapezoid_weights
 
 TIME = np.linspace(0.0, 10.0, 41)
 LOG_TIME = np.concatenate([[0.0], np.geomspace(1e-3, 10.0, 60)])
@@ -51,6 +52,8 @@ def test_clustered_times_do_not_decide(make_run):
     run = make_run(time, {"imbalance": np.exp(-(time**2))})
     assert decay_rate(run, window=(0.0, 1.0)).value == pytest.approx(1.0, rel=0.01)
     assert np.polyfit(time, time**2, 1)[0] < 0.9
+    integral = integrate.trapezoid(np.cos(time), time)
+    assert trapezoid_weights(time) @ np.cos(time) == pytest.approx(integral, rel=1e-12)
 
 
 def test_estimate_error_and_interval_against_numpy_and_scipy(make_run):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from compiled import sampled_gradients
+from compiled import draws, sampled_gradients
 from reference import as_numpy, assert_close, scale
 
 import gradflow as gf
@@ -189,9 +189,9 @@ def loss_of_draw(layers, x, y, regularizers, draw):
 def test_averaged_and_sampled_faces(name):
     x, y, problem, net = setting(name)
     layers, regularizers = as_numpy(net.weights), problem.regularizers
-    draws, chance = two_valued_draws(problem, net)
+    every, chance = two_valued_draws(problem, net)
     np.testing.assert_allclose(chance.sum(), 1.0)
-    each = [jax.tree.map(lambda leaf, q=q: leaf[q], draws) for q in range(len(chance))]
+    each = [jax.tree.map(lambda leaf, q=q: leaf[q], every) for q in range(len(chance))]
     losses = np.array([loss_of_draw(layers, x, y, regularizers, draw) for draw in each])
     rate = sum(float(r.rate) for r in regularizers if isinstance(r, gf.WeightDecay))
     noise = sum(float(r.std) ** 2 for r in regularizers if isinstance(r, gf.LabelNoise))
@@ -199,7 +199,7 @@ def test_averaged_and_sampled_faces(name):
     size = scale(layers, [losses])
     assert_close([problem.averaged_loss(net.weights)], [expected], size)
 
-    gradients = np.asarray(sampled_gradients(problem, net.weights, draws))
+    gradients = np.asarray(sampled_gradients(problem, net.weights, every))
     averaged = reference.flatten(as_numpy(problem.averaged_gradient(net.weights)))
     assert_close([chance @ gradients], [averaged], scale([averaged, gradients.max()]))
     for q in (0, len(each) // 3, len(each) - 1):
@@ -234,8 +234,8 @@ def test_closed_form_of_weight_noise():
 def test_dropout_conserves_the_diagonals_of_balancedness():
     """Both on average and for every draw: diag(W_{i+1}^T g_{i+1}) = diag(g_i W_i^T)."""
     _, _, problem, net = setting("dropout")
-    draws, _ = two_valued_draws(problem, net)
-    some = jax.tree.map(lambda leaf: leaf[5], draws)
+    every, _ = two_valued_draws(problem, net)
+    some = jax.tree.map(lambda leaf: leaf[5], every)
     for g in (
         problem.averaged_gradient(net.weights),
         problem.sampled_gradient(net.weights, some),
@@ -253,14 +253,18 @@ def test_drawn_noise_trains():
     run = gf.simulate(
         problem, net, gf.GradientDescent(0.1), steps=3, replicas=4, key=key, save=4, observables=[]
     )
-    draws = problem.draw(Stream(key, jnp.arange(3), jnp.arange(4)), net.widths)
-    for k, path in itertools.product(range(3), range(4)):
-        before = tuple(jnp.asarray(w[path, k]) for w in run.weights)
-        draw = jax.tree.map(lambda leaf, k=k, path=path: leaf[k, ..., path], draws)
-        g = problem.sampled_gradient(before, draw)
-        after = [w[path, k + 1] for w in run.weights]
-        expected = [np.asarray(w - 0.1 * v) for w, v in zip(before, g, strict=True)]
-        assert_close(after, expected, scale(after))
+    drawn = draws(problem, Stream(key, jnp.arange(3), jnp.arange(4)), net.widths)
+    for k in range(3):
+        draw = jax.tree.map(lambda leaf, k=k: np.moveaxis(leaf[k], -1, 0), drawn)
+        before, after = ([w[:, k + i] for w in run.weights] for i in range(2))
+        for path in range(4):
+            g = jax.tree.map(lambda leaf, p=path: leaf[p : p + 1], draw)
+            weights = tuple(jnp.asarray(w[path]) for w in before)
+            expected = reference.flatten([w[path] for w in before]) - 0.1 * np.asarray(
+                sampled_gradients(problem, weights, g)
+            )
+            actual = reference.flatten([w[path] for w in after])
+            assert_close([actual], [expected[0]], scale([actual]))
 
 
 def test_populations_have_no_rows_to_perturb():

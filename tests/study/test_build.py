@@ -137,3 +137,46 @@ def test_keys_depend_on_name_and_seed_only(load):
     assert words(load(two, seed=1).spec, 0) != words(spec, 0)
     shared = load(HEAD + RUN + "seed = 5\n" + RUN.replace("flow", "other") + "seed = 5\n").spec
     assert words(shared, 0) == words(shared, 1)
+
+
+def test_observables_that_a_dynamics_does_not_have(load):
+    text = HEAD + RUN.replace(
+        '{ kind = "GradientFlow" }',
+        '{ kind = "GradientDescent", step_size = 0.1, momentum = 0.5 }',
+    )
+    with pytest.raises(SpecError, match=r'spec.toml:12: run "flow", observables: .*momentum'):
+        built(load, text + 'observables = ["imbalance_drift"]\n')
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ('quantity = "final"\nobservable = "squared_norms"',
+         "component: is missing; squared_norms has shape [2]; give the indices of one entry"),
+        ('quantity = "final"\nobservable = "squared_norms"\ncomponent = [2]',
+         "component: got [2]; squared_norms has shape [2]; give the indices of one entry"),
+        ('quantity = "max_change"\nobservable = "loss"\ncomponent = [0]',
+         "component: got [0]; loss is a number"),
+        ('quantity = "rate"\nobservable = "squared_norms"',
+         "observable: squared_norms has shape [2]; rate needs a number"),
+    ],
+)  # fmt: skip
+def test_entries_of_observables_are_checked_before_anything_runs(load, keys, message):
+    claim = f'[[claim]]\nsentence = "x"\nrun = "flow"\nat_most = 1.0\n{keys}\n'
+    with pytest.raises(SpecError) as caught:
+        built(load, HEAD + RUN + claim)
+    assert str(caught.value).endswith(f"claim 1, {message}")
+
+
+def test_entries_that_fit(load):
+    claim = '[[claim]]\nsentence = "x"\nrun = "flow"\nat_most = 1.0\nobservable = "squared_norms"\n'
+    for keys in ('quantity = "final"\ncomponent = [-1]', 'quantity = "max_change"'):
+        (run,) = built(load, HEAD + RUN + claim + keys + "\n")
+        assert run.shapes["squared_norms"] == (2,) and run.shapes["loss"] == ()
+
+
+def test_entries_drawn_in_figures(load):
+    figure = '[[figure]]\nkind = "time_series"\nobservables = ["loss", "squared_norms"]\n'
+    assert built(load, HEAD + RUN + figure + "component = [1]\n")
+    with pytest.raises(SpecError, match=r"spec.toml:12: figure 1, component: is missing; squared"):
+        built(load, HEAD + RUN + figure)
