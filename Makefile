@@ -37,7 +37,7 @@ help: ## List the targets
 
 .PHONY: study
 study: $(VENV)/.installed ## Install gradflow into .venv and run the default study (SPECS="two_phases diabetes")
-	$(BIN)/gradflow study $(SPECS)
+	$(BIN)/gradflow study --overwrite $(SPECS)
 
 .PHONY: test
 test: $(VENV)/.installed-test ## Install with the test dependencies and run the tests in parallel

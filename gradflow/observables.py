@@ -39,7 +39,7 @@ class Observable(eqx.Module):
 
 
 ObservableSpec: TypeAlias = (
-    Sequence[str | Observable] | Mapping[str, Callable[[DeepLinear, Problem], Array]]
+    Sequence[str | Observable] | Mapping[str, Callable[[DeepLinear, Problem], Any] | None]
 )
 
 
@@ -165,7 +165,7 @@ def resolve(spec: ObservableSpec | None) -> tuple[Observable, ...]:
     **Arguments:**
 
     - `spec`: names of built-in observables and `Observable` objects, or a mapping from names to
-        functions of (network, problem), or None for the default set.
+        functions of (network, problem) (None for a built-in one), or None for the default set.
 
     **Raises:** `ValueError` for an unknown name, listing the known ones.
     """

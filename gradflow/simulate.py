@@ -89,7 +89,7 @@ def simulate(
         raise ValueError("key: this run is random; pass key=jax.random.key(seed).")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1; got {chunk}.")
-    weights = tuple(jnp.stack(layers, axis=-1) for layers in zip(*starts, strict=True))
+    weights = _stacked(starts)
     dynamics.check(problem, weights)
     size = sum(w.size for w in weights) * plan.marks.size * weights[0].dtype.itemsize
     keep = size <= STORED_BY_DEFAULT if store_weights is None else store_weights
@@ -248,7 +248,7 @@ class _Runner:
                     paths,
                 )
                 state = jax.block_until_ready(_advance(fixed, state, block))
-                pace.learn(following - position, time.monotonic() - began)
+                pace.learn(int(following - position), time.monotonic() - began)
                 position = following
                 if self.report is not None:
                     fraction = position / marks[-1] * share + done_before
@@ -323,6 +323,13 @@ def _starts(
             "networks are the replicas."
         )
     return [n.weights for n in nets], len(nets)
+
+
+def _stacked(starts: list[Weights]) -> Weights:
+    """The layers of all paths, path axis last; copies of one network are broadcast."""
+    if all(layers is starts[0] for layers in starts):
+        return tuple(jnp.repeat(w[..., None], len(starts), axis=-1) for w in starts[0])
+    return tuple(jnp.stack(layers, axis=-1) for layers in zip(*starts, strict=True))
 
 
 def _key_words(key: PRNGKeyArray | None) -> Any:

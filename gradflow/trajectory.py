@@ -76,7 +76,7 @@ class Trajectory:
     @property
     def diverged(self) -> np.ndarray:
         """Which replicas diverged, boolean `(R,)` (shape `()` for a single path)."""
-        return np.isfinite(self._dataset["diverged_at"].values)
+        return np.asarray(np.isfinite(self._dataset["diverged_at"].values))
 
     @property
     def interrupted(self) -> bool:

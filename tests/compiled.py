@@ -1,5 +1,6 @@
 """The functions under test, compiled once a shape and shared by all test modules."""
 
+import functools
 from typing import NamedTuple
 
 import equinox as eqx
@@ -14,6 +15,9 @@ from gradflow.theory import expected_balancedness_drift, imbalance_drift, noise_
 from gradflow.theory.drift import layer_drifts
 from gradflow.types import EndToEnd, Scalar, Weights
 
+# Each program runs a few times on tiny arrays: compiling it fast matters more than fast code.
+compiled = functools.partial(eqx.filter_jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 class Evaluation(NamedTuple):
     """What gradflow says about a network on data."""
@@ -26,7 +30,7 @@ class Evaluation(NamedTuple):
     block_traces: Array
 
 
-@eqx.filter_jit
+@compiled
 def evaluate(net: gf.DeepLinear, data: gf.Regression) -> Evaluation:
     """Loss, gradients and geometry in one compiled program."""
     return Evaluation(
@@ -39,8 +43,8 @@ def evaluate(net: gf.DeepLinear, data: gf.Regression) -> Evaluation:
     )
 
 
-per_sample_gradients = eqx.filter_jit(gf.per_sample_gradients)
-sharpness = eqx.filter_jit(gf.sharpness)
+per_sample_gradients = compiled(gf.per_sample_gradients)
+sharpness = compiled(gf.sharpness)
 
 
 class Faces(NamedTuple):
@@ -52,7 +56,7 @@ class Faces(NamedTuple):
     covariance: Array
 
 
-@eqx.filter_jit
+@compiled
 def faces(problem: gf.Problem, weights: Weights) -> Faces:
     """Averaged loss and gradient, the columns of the diffusion factor, the covariance of M."""
     shapes = problem.normal_shapes()
@@ -70,13 +74,13 @@ def faces(problem: gf.Problem, weights: Weights) -> Faces:
     )
 
 
-@eqx.filter_jit
+@compiled
 def sampled_gradients(problem: gf.Problem, weights: Weights, draws: tuple) -> Array:
     """The stochastic gradients of many draws (first axis), as vectors."""
     return jax.vmap(lambda draw: _flat(problem.sampled_gradient(weights, draw)))(draws)
 
 
-@eqx.filter_jit
+@compiled
 def draws(problem: gf.Problem, stream: Stream, widths: tuple[int, ...]) -> tuple:
     """The random numbers of all steps and paths of the stream."""
     return problem.draw(stream, widths)
@@ -90,7 +94,7 @@ class Drifts(NamedTuple):
     imbalance: Scalar
 
 
-@eqx.filter_jit
+@compiled
 def drifts(problem: gf.Problem, weights: Weights, step_size: ArrayLike, discrete: bool) -> Drifts:
     """Everything that the theory says about the drift of imbalance."""
     return Drifts(

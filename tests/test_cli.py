@@ -12,7 +12,7 @@ import pytest
 from specs import HEAD, RUN
 from typer.testing import CliRunner
 
-from gradflow import cli
+from gradflow import cli, command
 from gradflow.study.load import load_study
 from gradflow.study.quantities import QUANTITIES
 
@@ -165,7 +165,7 @@ def test_ctrl_c(folder):
 
 
 def test_an_unexpected_error_is_not_mistaken_for_a_failing_claim(folder, monkeypatch, capfd):
-    monkeypatch.setattr(cli, "_integrate", lambda *_: 1 / 0)
+    monkeypatch.setattr(command, "_integrate", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["gradflow", "study", "good.toml"])
     before = signal.getsignal(signal.SIGTERM)
     try:

@@ -26,11 +26,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("analysis",),
     ("study",),
     ("report",),
-    ("cli",),
+    ("command", "cli"),
 )
 
 # Rooms that may also import these rooms of their own layer.
 SAME_LAYER: dict[str, tuple[str, ...]] = {
+    "cli": ("command",),
     "streams": ("types",),
     "init": ("network",),
     "data": ("network",),

@@ -2,13 +2,12 @@
 
 import re
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from compiled import evaluate, per_sample_gradients
+from compiled import compiled, evaluate, per_sample_gradients
 from hypothesis import given, strategies as st
 from reference import as_numpy, assert_close, scale
 from strategies import cases, matrices, networks, samples
@@ -48,7 +47,7 @@ def test_loss_is_never_below_the_irreducible_loss(case):
     assert float(evaluate(net, data).loss) >= float(data.irreducible_loss) - 1e-12 * size
 
 
-@eqx.filter_jit
+@compiled
 def differentiated(net, data):
     return jax.grad(lambda w: gf.loss(gf.DeepLinear(w), data))(net.weights)
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # Distributions whose import has another name.
-IMPORT_NAMES = {"scikit-learn": "sklearn"}
+IMPORT_NAMES = {"scikit-learn": "sklearn", "lazy-loader": "lazy_loader"}
 
 # Used through another library: xarray writes NetCDF through h5netcdf and h5py, pandas reads Parquet
 # through pyarrow.

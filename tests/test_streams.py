@@ -4,19 +4,19 @@ import os
 import subprocess
 import sys
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from compiled import compiled
 
 from gradflow.streams import Stream, _multiply_high, _threefry
 
 KEY = jax.random.key(7)
 
 
-@eqx.filter_jit
+@compiled
 def drawn(stream, kind, shape):
     return getattr(stream, kind)(shape)
 
@@ -107,7 +107,7 @@ def test_steps_channels_and_paths_are_uncorrelated(axis):
 def test_integers_are_uniform():
     bounds = jnp.array([2, 3, 7])
     values = np.asarray(
-        eqx.filter_jit(lambda s: s.integers(bounds, (3,)))(stream(range(100), range(300)))
+        compiled(lambda s: s.integers(bounds, (3,)))(stream(range(100), range(300)))
     )
     assert values.shape == (100, 3, 300)
     for channel, m in enumerate((2, 3, 7)):
@@ -129,14 +129,14 @@ def test_upper_word_of_a_product():
 
 def test_booleans_have_their_probability():
     probability = jnp.asarray(0.3)
-    values = eqx.filter_jit(lambda s: s.booleans(probability, (5,)))(stream(range(50), range(200)))
+    values = compiled(lambda s: s.booleans(probability, (5,)))(stream(range(50), range(200)))
     count = values.size
     assert abs(float(jnp.mean(values)) - 0.3) < 4 * np.sqrt(0.3 * 0.7 / count)
 
 
 def test_permutations_are_uniform():
     n = 4
-    orders = np.asarray(eqx.filter_jit(lambda s: s.permutations(n))(stream(range(60), range(200))))
+    orders = np.asarray(compiled(lambda s: s.permutations(n))(stream(range(60), range(200))))
     assert orders.shape == (60, n, 200)
     assert np.array_equal(
         np.sort(orders, axis=1), np.broadcast_to(np.arange(n)[:, None], orders.shape)

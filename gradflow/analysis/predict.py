@@ -20,6 +20,7 @@ from gradflow.simulate import simulate
 from gradflow.theory.drift import imbalance_drift
 from gradflow.theory.floor import stationary_covariance
 from gradflow.trajectory import Trajectory
+from gradflow.types import Scalar
 
 CONVERGED = 1e-12
 """Excess loss, relative to its start, at which a noise-free run counts as having converged."""
@@ -94,11 +95,11 @@ def predict(
     )
     path = _noise_free(clean, net, dynamics)
     limit = path.network(-1)
-    spectrum = np.asarray(minima_spectrum(limit, problem.input_moment))
+    spectrum = np.asarray(_spectrum(limit, problem.input_moment))
     rate = _optimization_rate(spectrum, dynamics)
     random = dynamics.is_random(problem)
     decays = bool(problem.penalties)
-    floor = float(BUILT_IN["loss_floor"].evaluate(limit, problem, dynamics))
+    floor = float(_evaluate("loss_floor", limit, problem, dynamics))
 
     reasons = []
     if not random and not decays:
@@ -107,8 +108,8 @@ def predict(
     elif random:
         end = _crossing(path.time, path["excess_loss"], eps * floor)
     else:
-        residual = BUILT_IN["slaved_residual"].evaluate(limit, problem, dynamics)
-        end = _crossing(path.time, path["gradient_at_output"], eps * float(residual))
+        residual = float(_evaluate("slaved_residual", limit, problem, dynamics))
+        end = _crossing(path.time, path["gradient_at_output"], eps * residual)
 
     momentum = isinstance(dynamics, GradientDescent) and dynamics.momentum is not None
     if momentum:
@@ -134,6 +135,16 @@ def predict(
     )
 
 
+_spectrum = eqx.filter_jit(minima_spectrum)
+_imbalance_drift = eqx.filter_jit(imbalance_drift)
+
+
+@eqx.filter_jit
+def _evaluate(name: str, net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Scalar:
+    """A built-in observable, compiled."""
+    return BUILT_IN[name].evaluate(net, problem, dynamics)
+
+
 def _output_gradient_norm(net: DeepLinear, problem: Problem):
     """$|M|$, the norm of the end-to-end gradient."""
     return jnp.linalg.norm(net.end_to_end @ problem.data.sxx - problem.data.syx)
@@ -147,7 +158,7 @@ def _noise_free(clean: Problem, net: DeepLinear, dynamics: AbstractDynamics) -> 
     }
     mover = dynamics if isinstance(dynamics, GradientDescent) else GradientFlow(1e-10, 1e-12)
     h = 0.0 if mover.step_size is None else float(mover.step_size)
-    slowest = float(smallest_positive(minima_spectrum(net, clean.data.sxx)))
+    slowest = float(smallest_positive(_spectrum(net, clean.data.sxx)))
     length = FIRST_LENGTH / max(slowest, 1e-12)
     excess = np.full(1, np.nan)
     for _ in range(ATTEMPTS):
@@ -217,9 +228,6 @@ def _drift_at(
         fluctuation = stationary_covariance(problem, limit.weights, h, discrete)
         extra = widen @ fluctuation @ widen
     return float(_imbalance_drift(problem, limit.weights, h, discrete, extra))
-
-
-_imbalance_drift = eqx.filter_jit(imbalance_drift)
 
 
 def _decay_rate(drift: float, start: float, dynamics: AbstractDynamics) -> float:

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gradflow.problem import Problem
 from gradflow.types import Scalar, Weights
@@ -100,9 +100,14 @@ def divergence_limit(weights: Weights) -> Float[Array, " paths"]:
     return DIVERGENCE_FACTOR * (1.0 + over_paths(squared_norm)(weights))
 
 
+def is_alive(weights: Weights, limit: Scalar) -> Bool[Array, ""]:
+    """Whether the squared norm of one path is a number below the limit."""
+    return squared_norm(weights) < limit
+
+
 def bury(weights: Weights, limit: Scalar) -> Weights:
-    """NaN for a path whose squared norm passed the limit, the weights themselves otherwise."""
-    alive = squared_norm(weights) < limit
+    """NaN for a path that has diverged, the weights themselves otherwise."""
+    alive = is_alive(weights, limit)
     return tuple(jnp.where(alive, w, jnp.nan) for w in weights)
 
 

@@ -1,4 +1,4 @@
-"""A step-size controller that goes on where an earlier solve stopped."""
+"""A step-size controller that goes on where an earlier solve stopped, and knows when to give up."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,9 @@ from jaxtyping import Array
 
 from gradflow.types import Scalar
 
+SHRINK = 0.1
+"""Factor on the length of a step that overflowed."""
+
 
 class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
     """Wraps an adaptive controller and remembers the step it would take next.
@@ -17,6 +20,10 @@ class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
     A trajectory that is saved by stepping exactly to each saved time is a chain of solves. Without
     a memory every link would start with a cautious first step, and a step cut short by a saved time
     would make the next ones short as well.
+
+    A step into a region where the state overflows is tried again with a tenth of its length, and
+    once steps no longer advance time the solve ends with `diffrax.RESULTS.dt_min_reached`; left to
+    themselves diffrax's controllers would go on with a step of length NaN until `max_steps`.
 
     **Arguments:**
 
@@ -82,6 +89,10 @@ class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
         keep, next_t0, next_t1, made_jump, inner, result = self.controller.adapt_step_size(
             t0, t1, y0, y1_candidate, args, y_error, error_order, inner
         )
+        overflow = jnp.isnan(next_t1)
+        next_t1 = jnp.where(overflow, next_t0 + SHRINK * (t1 - t0), next_t1)
+        stuck = ~(next_t1 > next_t0)  # also true of NaN
+        result = diffrax.RESULTS.where(stuck, diffrax.RESULTS.dt_min_reached, result)
         proposed = next_t1 - next_t0
         cut_short = (t1 - t0) < 0.999 * planned
         planned = jnp.where(keep & cut_short, jnp.maximum(proposed, planned), proposed)

@@ -1,12 +1,11 @@
 """What holds exactly for the gradient and for one step of (stochastic) gradient descent."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from compiled import evaluate
+from compiled import compiled, evaluate
 from hypothesis import given, strategies as st
 from reference import as_numpy, assert_close, balancedness, scale
 from strategies import cases, data, networks, numbers, populations, regularizers, samples
@@ -86,7 +85,7 @@ def test_one_step_of_descent_with_weight_decay(case, h, rate):
     assert_one_step(net.weights, pure, h, rate)
 
 
-@eqx.filter_jit
+@compiled
 def drawn_gradient(problem, net, seed):
     draw = problem.draw(Stream(jax.random.key(seed), jnp.arange(1), jnp.arange(1)), net.widths)
     first = jax.tree.map(lambda leaf: leaf[0, ..., 0], draw)
@@ -112,7 +111,7 @@ def test_one_step_of_sgd_obeys_the_identity_on_every_path(name, given_, h, rate,
     options = {"rows": 4} if kind is samples else {}
     drawn = given_.draw(kind(net.widths[0], net.widths[-1], **options))
     problem = gf.Problem(drawn, [*noises, gf.WeightDecay(rate)])
-    total = as_numpy(drawn_gradient(problem, net, seed))
+    total = as_numpy(drawn_gradient(problem, net, jnp.asarray(seed)))
     pure = [g - rate * np.asarray(w) for g, w in zip(total, net.weights, strict=True)]
     assert_noether(net.weights, pure)
     assert_one_step(net.weights, pure, h, rate)

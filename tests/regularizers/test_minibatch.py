@@ -3,13 +3,13 @@
 import itertools
 import re
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
 import scipy.stats
+from compiled import compiled
 
 import gradflow as gf
 from gradflow.streams import Stream
@@ -21,7 +21,7 @@ def rows(rule, n, steps, paths):
     """Row numbers (steps, batch, paths)."""
     data = gf.Regression.from_samples(np.arange(1.0, n + 1)[:, None], np.ones((n, 1)))
     stream = Stream(KEY, jnp.asarray(steps, jnp.uint32), jnp.arange(paths))
-    return np.asarray(eqx.filter_jit(rule.draw)(stream, data))
+    return np.asarray(compiled(rule.draw)(stream, data))
 
 
 def counts(drawn, ordered, n):
@@ -101,7 +101,7 @@ def test_online_batches_are_standard_normals():
     """On a population the batch is b rows of d_0 + d_N normals."""
     data = gf.Regression.whitened([[1.0, 2.0]], residual=0.3)
     stream = Stream(KEY, jnp.arange(50), jnp.arange(100))
-    drawn = np.asarray(eqx.filter_jit(gf.Minibatch(4).draw)(stream, data))
+    drawn = np.asarray(compiled(gf.Minibatch(4).draw)(stream, data))
     assert drawn.shape == (50, 4, 3, 100)
     assert scipy.stats.kstest(drawn.ravel(), "norm").pvalue > 0.01
 

@@ -2,14 +2,13 @@
 
 import itertools
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 import scipy.linalg
 import scipy.optimize
-from compiled import faces
+from compiled import compiled, faces
 from reference import as_numpy, assert_close, scale
 
 import gradflow as gf
@@ -19,8 +18,8 @@ from gradflow.theory import (
 )
 from gradflow.theory.floor import total_decay
 
-noise_floor = eqx.filter_jit(gf.theory.noise_floor)
-stationary_covariance = eqx.filter_jit(gf.theory.stationary_covariance)
+noise_floor = compiled(gf.theory.noise_floor)
+stationary_covariance = compiled(gf.theory.stationary_covariance)
 
 SXX = np.array([[1.3, 0.4], [0.4, 0.8]])
 TARGET = np.array([[0.7, -1.1], [0.9, 0.6]])

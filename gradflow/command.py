@@ -1,0 +1,203 @@
+"""What `gradflow study` and `gradflow run` do once the command line is understood."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gradflow.report.draw import FigureError, draw_figures
+from gradflow.report.formatting import number, with_error
+from gradflow.report.page import write_page
+from gradflow.study.build import PreparedRun, prepare
+from gradflow.study.experiments import find
+from gradflow.study.load import Study, load_study
+from gradflow.study.output import OutputError, ResultFolder, check_free
+from gradflow.study.progress import Bars, Lines
+from gradflow.study.record import status, write_claims, write_spec
+from gradflow.study.results import StudyResult
+from gradflow.study.runner import run_study
+
+HOLDS, CLAIM_FAILS, BAD_INPUT, BROKEN, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit statuses."""
+
+_PIPE_WIDTH = 120
+_WIDE = 100
+_MARKS = {"holds": ("✓", "green"), "fails": ("✗", "red"), "undecided": ("?", "yellow")}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How studies are carried out, the same for all of a call."""
+
+    out: Path | None
+    overwrite: bool
+    short: bool
+    seed: int | None
+    jobs: int
+    quiet: bool
+    evaluate: bool
+
+
+def carry_out(specs: list[str], options: Options) -> int:
+    """Check everything that can be checked, then carry out one study after the other.
+
+    **Returns:** the exit status: the largest of the studies' own.
+    """
+    studies, wrong = _load_all(specs, options)
+    folders = [_folder(study, options, len(studies)) for study, _ in studies]
+    for place, folder in enumerate(folders):
+        try:
+            check_free(folder, overwrite=options.overwrite)
+        except ValueError as error:
+            wrong.append(str(error))
+        if folder in folders[:place]:
+            wrong.append(f"{folder}: two of the SPECs are to write here; rename one of them")
+    if wrong:
+        typer.echo("\n".join(wrong), err=True)
+        return BAD_INPUT
+    codes = []
+    for (study, prepared), folder in zip(studies, folders, strict=True):
+        codes.append(_carry_out_one(study, prepared, folder, options))
+        if codes[-1] == INTERRUPTED:
+            break
+    return max(codes)
+
+
+def _load_all(
+    specs: list[str], options: Options
+) -> tuple[list[tuple[Study, tuple[PreparedRun, ...]]], list[str]]:
+    studies, wrong = [], []
+    for spec in specs:
+        try:
+            study = load_study(find(spec), short=options.short, seed=options.seed)
+            studies.append((study, prepare(study)))
+        except ValueError as error:
+            wrong.append(str(error))
+    return studies, wrong
+
+
+def _folder(study: Study, options: Options, count: int) -> Path:
+    if options.out is not None and count == 1:
+        return options.out
+    return (options.out or Path("results")) / study.spec.name
+
+
+def _carry_out_one(
+    study: Study, prepared: tuple[PreparedRun, ...], out: Path, options: Options
+) -> int:
+    """Run one study into its folder; return its exit status."""
+    console = _console(options.quiet)
+    try:
+        folder = ResultFolder(out, overwrite=options.overwrite)
+    except OutputError as error:
+        typer.echo(str(error), err=True)
+        return BAD_INPUT
+    wrong = ""
+    try:
+        write_spec(folder, study)
+        result = _integrate(study, prepared, folder, options, console)
+        if options.evaluate and result.runs and result.status != "interrupted":
+            wrong = _evaluate(result, folder)
+    except BaseException as error:
+        ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        folder.publish({"status": ended, "errors": {"study": repr(error)}})
+        raise
+    try:
+        final = folder.publish(status(result, study))
+    except OutputError as error:
+        typer.echo(str(error), err=True)
+        return BAD_INPUT
+    for name, reason in result.errors.items():
+        typer.echo(f'run "{name}" broke: {reason}', err=True)
+    if wrong:
+        typer.echo(wrong, err=True)
+    _summarize(replace(result, out=final), console)
+    if result.status == "interrupted":
+        return INTERRUPTED
+    if result.errors:
+        return BROKEN
+    if wrong:
+        return BAD_INPUT
+    return HOLDS if result.holds else CLAIM_FAILS
+
+
+def _integrate(
+    study: Study,
+    prepared: tuple[PreparedRun, ...],
+    folder: ResultFolder,
+    options: Options,
+    console: Console,
+) -> StudyResult:
+    title = study.spec.title or study.spec.name
+    count = f"{len(prepared)} run{'s' * (len(prepared) != 1)}"
+    console.print(f"{title}: {count}", style="bold", markup=False, highlight=False)
+    settings = {"jobs": options.jobs, "evaluate": options.evaluate}
+    if options.quiet or not console.is_terminal:
+        lines = Lines(console, study.spec.run)
+        return run_study(study, prepared, folder.path, reporter=lines, **settings)
+    with Bars(console, study.spec.run) as bars:
+        return run_study(study, prepared, folder.path, reporter=bars, **settings)
+
+
+def _evaluate(result: StudyResult, folder: ResultFolder) -> str:
+    """Write verdicts, figures and page; return what could not be drawn, if anything."""
+    write_claims(folder, result)
+    wrong = ""
+    try:
+        figures = draw_figures(result)
+    except FigureError as error:
+        figures, wrong = error.figures, str(error)
+    write_page(result, figures)
+    return wrong
+
+
+def _console(quiet: bool) -> Console:
+    is_terminal = sys.stdout.isatty()
+    width = None if is_terminal or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(quiet=quiet, width=width)
+
+
+def _summarize(result: StudyResult, console: Console) -> None:
+    """End with the table of claims and where the results are."""
+    if result.status == "interrupted":
+        ended = sum(not run.trajectory.interrupted for run in result.runs.values())
+        total = len(result.spec.run)
+        console.print(f"Interrupted: {ended} of {total} runs reached their end.", highlight=False)
+    if result.claims:
+        console.print(_table(result, with_rules=console.width >= _WIDE))
+        held = sum(claim.verdict == "holds" for claim in result.claims)
+        console.print(f"{held} of {len(result.claims)} claims hold.", highlight=False)
+    page = result.out / "report.html"
+    where = f"Report: {page}" if page.is_file() else f"Results: {result.out}"
+    console.print(where, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(result: StudyResult, with_rules: bool) -> Table:
+    """The claims; on a narrow terminal the rule stands below the sentence."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Verdict", no_wrap=True)
+    table.add_column("Claim", ratio=1)
+    table.add_column("Measured", justify="right", no_wrap=True)
+    table.add_column("Expected", justify="right", no_wrap=True)
+    if with_rules:
+        table.add_column("Rule")
+    for claim in result.claims:
+        mark, style = _MARKS[claim.verdict]
+        expected = claim.expected if isinstance(claim.expected, str) else number(claim.expected)
+        sentence = Text(claim.sentence)
+        if not with_rules:
+            sentence.append(f"\n{claim.rule}", style="dim")
+        if claim.verdict != "holds" and claim.detail:
+            sentence.append(f"\n{claim.detail}", style="dim")
+        measured = with_error(claim.measured, claim.measured_error)
+        cells = [Text(f"{mark} {claim.verdict}", style=style), sentence, measured, expected]
+        table.add_row(*cells, *([claim.rule] if with_rules else []))
+    return table
