@@ -97,9 +97,6 @@ Short = Annotated[
     bool, typer.Option("--short", help="Run the quick variant: the overrides of [short].")
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Use this seed in place of the spec's.")]
-Jobs = Annotated[
-    int | None, typer.Option(min=1, help="Runs carried out at once (default: cores, at most 2).")
-]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
 
@@ -129,11 +126,10 @@ def study(
     overwrite: Overwrite = False,
     short: Short = False,
     seed: Seed = None,
-    jobs: Jobs = None,
     quiet: Quiet = False,
 ) -> None:
     """Run studies; `STUDY_HELP` is what users read."""
-    _carry_out(specs, out, overwrite, short, seed, jobs, quiet, evaluate=True)
+    _carry_out(specs, out, overwrite, short, seed, quiet, evaluate=True)
 
 
 @app.command()
@@ -143,11 +139,10 @@ def run(
     overwrite: Overwrite = False,
     short: Short = False,
     seed: Seed = None,
-    jobs: Jobs = None,
     quiet: Quiet = False,
 ) -> None:
     """Integrate the runs of studies and write their NetCDF files: no claims, no figures."""
-    _carry_out(specs, out, overwrite, short, seed, jobs, quiet, evaluate=False)
+    _carry_out(specs, out, overwrite, short, seed, quiet, evaluate=False)
 
 
 @app.command("list")
@@ -177,7 +172,6 @@ def _carry_out(
     overwrite: bool,
     short: bool,
     seed: int | None,
-    jobs: int | None,
     quiet: bool,
     evaluate: bool,
 ) -> None:
@@ -185,8 +179,7 @@ def _carry_out(
     # JAX takes seconds to import, which --help and list need not wait for.
     from gradflow.command import Options, carry_out
 
-    cores = jobs or min(2, os.cpu_count() or 1)
-    options = Options(out, overwrite, short, seed, cores, quiet, evaluate)
+    options = Options(out, overwrite, short, seed, quiet, evaluate)
     raise typer.Exit(carry_out(specs or ["two_phases"], options))
 
 

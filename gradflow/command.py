@@ -41,7 +41,6 @@ class Options:
     overwrite: bool
     short: bool
     seed: int | None
-    jobs: int
     quiet: bool
     evaluate: bool
 
@@ -139,12 +138,12 @@ def _integrate(
     title = study.spec.title or study.spec.name
     count = f"{len(prepared)} run{'s' * (len(prepared) != 1)}"
     console.print(f"{title}: {count}", style="bold", markup=False, highlight=False)
-    settings = {"jobs": options.jobs, "evaluate": options.evaluate}
+    evaluate = options.evaluate
     if options.quiet or not console.is_terminal:
         lines = Lines(console, study.spec.run)
-        return run_study(study, prepared, folder.path, reporter=lines, **settings)
+        return run_study(study, prepared, folder.path, reporter=lines, evaluate=evaluate)
     with Bars(console, study.spec.run) as bars:
-        return run_study(study, prepared, folder.path, reporter=bars, **settings)
+        return run_study(study, prepared, folder.path, reporter=bars, evaluate=evaluate)
 
 
 def _evaluate(result: StudyResult, folder: ResultFolder) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import numpy as np
 
@@ -61,3 +62,23 @@ def rebuild_dynamics(described: Mapping[str, Any]) -> AbstractDynamics:
                 f"dynamics.solver: {name!r} is not a diffrax solver; rebuild the dynamics by hand."
             )
     return getattr(dynamics_room, kind)(**fields)
+
+
+def check_rebuilds(part: AbstractDynamics | AbstractRegularizer) -> None:
+    """Check that a description leads back to the same object.
+
+    **Raises:** `ValueError` if it does not: the part, its solver or the solver's options are the
+    user's own.
+    """
+    described = describe(part)
+    rebuild = rebuild_dynamics if isinstance(part, AbstractDynamics) else rebuild_regularizer
+    try:
+        same = eqx.tree_equal(rebuild(described), part)
+    except (ValueError, TypeError):
+        same = False
+    if not same:
+        raise ValueError(
+            f"{described['kind']}: a file holds only dynamics, solvers and regularizers that ship "
+            "with gradflow or diffrax, with their default options; keep the numbers of this run "
+            "with trajectory.to_xarray().to_netcdf(path)."
+        )

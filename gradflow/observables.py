@@ -1,6 +1,7 @@
 """What can be watched along a run: named functions of network and problem."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -28,7 +29,8 @@ class Observable(eqx.Module):
     - `name`: what it is called in trajectories, spec files and figures.
     - `long_name`, `units`: for labels; units in powers of `weight`, `loss`, `time`.
     - `evaluate`: function of (network, problem, dynamics) giving an array.
-    - `dims`: names of the array's axes, () for a number. `layer`, `pair` and `width_i` are known.
+    - `dims`: names of the array's axes, () for a number. `layer`, `pair`, `width_in` and
+        `width_out` are known.
     """
 
     name: str = eqx.field(static=True)
@@ -53,14 +55,15 @@ def _step(dynamics: AbstractDynamics) -> Scalar:
 
 
 def _excess_loss(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
-    moment = problem.input_moment
-    deviation = net.end_to_end @ moment - problem.data.syx
-    return 0.5 * jnp.sum((deviation @ jnp.linalg.pinv(moment, hermitian=True)) * deviation)
+    deviation = net.end_to_end @ problem.input_moment - problem.data.syx
+    return 0.5 * jnp.sum((deviation @ problem.noisy_inverse_root) ** 2)
 
 
 def _loss_floor(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
     momentum = dynamics.momentum if isinstance(dynamics, GradientDescent) else None
-    plateau = weight_decay_plateau(problem, net.weights)
+    plateau = jnp.zeros((), problem.data.sxx.dtype)
+    if problem.penalties:
+        plateau = weight_decay_plateau(problem, net.weights)
     if not dynamics.is_random(problem):
         return plateau
     noise = noise_floor(problem, net.weights, _step(dynamics), _is_discrete(dynamics), momentum)
@@ -158,6 +161,10 @@ BUILT_IN: dict[str, Observable] = {
 DEFAULT = ("loss", "excess_loss", "imbalance", "squared_norms")
 """What is recorded unless asked otherwise: cheap for every size of network."""
 
+RESERVED = ("time", "step", "replica", "layer", "diverged_at")
+RESERVED_PREFIXES = ("data_", "start_", "width_")
+LAYER_NAME = re.compile(r"W\d+")
+
 
 def resolve(spec: ObservableSpec | None) -> tuple[Observable, ...]:
     """The observables of a specification.
@@ -167,22 +174,19 @@ def resolve(spec: ObservableSpec | None) -> tuple[Observable, ...]:
     - `spec`: names of built-in observables and `Observable` objects, or a mapping from names to
         functions of (network, problem) (None for a built-in one), or None for the default set.
 
-    **Raises:** `ValueError` for an unknown name, listing the known ones.
+    **Raises:** `ValueError` for an unknown name, listing the known ones, or a name that is taken;
+    `TypeError` for something that is not a function.
     """
     if spec is None:
         spec = DEFAULT
-    if isinstance(spec, Mapping):
-        return tuple(
-            BUILT_IN[name]
-            if fn is None
-            else Observable(name, name, "1", _of_network_and_problem(fn), ())
-            for name, fn in spec.items()
-        )
     if isinstance(spec, str):
         raise TypeError(f"observables must be a list of names; got the string {spec!r}.")
+    if isinstance(spec, Mapping):
+        spec = [_own(name, function) for name, function in spec.items()]
     chosen = []
     for item in spec:
         if isinstance(item, Observable):
+            _check_name(item)
             chosen.append(item)
         elif item in BUILT_IN:
             chosen.append(BUILT_IN[item])
@@ -196,6 +200,26 @@ def resolve(spec: ObservableSpec | None) -> tuple[Observable, ...]:
     if doubled:
         raise ValueError(f"observables: {', '.join(doubled)} asked for more than once.")
     return tuple(chosen)
+
+
+def _own(name: str, function: Callable[[DeepLinear, Problem], Any] | None) -> Observable | str:
+    if function is None:
+        return name
+    if not callable(function):
+        raise TypeError(
+            f"observables: {name!r} needs a function of (network, problem), or None for the "
+            f"built-in one; got {function!r}."
+        )
+    return Observable(name, name, "1", _of_network_and_problem(function))
+
+
+def _check_name(observable: Observable) -> None:
+    """A name that is taken would be overwritten in the data set, or repeated as something else."""
+    name = observable.name
+    if name in BUILT_IN and observable is not BUILT_IN[name]:
+        raise ValueError(f"observables: {name!r} is built in; give your own another name.")
+    if name in RESERVED or name.startswith(RESERVED_PREFIXES) or LAYER_NAME.fullmatch(name):
+        raise ValueError(f"observables: {name!r} is taken by the trajectory; choose another name.")
 
 
 @functools.lru_cache(maxsize=256)  # one wrapper a function, so that a second run does not recompile

@@ -49,6 +49,7 @@ class Problem(eqx.Module):
     root: Float[Array, "d_in d_in"]
     inverse_root: Float[Array, "d_in d_in"]
     noisy_root: Float[Array, "d_in d_in"]
+    noisy_inverse_root: Float[Array, "d_in d_in"]
 
     def __init__(self, data: Regression, regularizers: Sequence[AbstractRegularizer] = ()):
         if not isinstance(data, Regression):
@@ -77,12 +78,11 @@ class Problem(eqx.Module):
         self.data = data
         self.regularizers = tuple(regularizers)
         values, vectors = data.sxx_eigenvalues, data.sxx_eigenvectors
-        cutoff = jnp.max(values) * values.size * jnp.finfo(values.dtype).eps
-        inverse = jnp.where(values > cutoff, 1.0 / jnp.sqrt(jnp.maximum(values, cutoff)), 0.0)
         noisy = values + self.input_variance
         self.root = (vectors * jnp.sqrt(values)) @ vectors.T
-        self.inverse_root = (vectors * inverse) @ vectors.T
+        self.inverse_root = (vectors * _inverse_roots(values)) @ vectors.T
         self.noisy_root = (vectors * jnp.sqrt(noisy)) @ vectors.T
+        self.noisy_inverse_root = (vectors * _inverse_roots(noisy)) @ vectors.T
 
     @property
     def is_stochastic(self) -> bool:
@@ -171,3 +171,10 @@ class Problem(eqx.Module):
     def add_penalties(self, gradient: Weights, weights: Weights) -> Weights:
         """The gradient plus the gradients of all penalties."""
         return add_penalties(gradient, weights, self.regularizers)
+
+
+def _inverse_roots(values: Float[Array, " d_in"]) -> Float[Array, " d_in"]:
+    r"""$\lambda^{-1/2}$, and 0 where the eigenvalue is 0 up to rounding."""
+    cutoff = jnp.max(values) * values.size * jnp.finfo(values.dtype).eps
+    kept = values > cutoff
+    return jnp.where(kept, 1.0 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)

@@ -14,8 +14,8 @@ Save: TypeAlias = int | Sequence[float] | np.ndarray
 LOG_DECADES = 4
 """Log-spaced times of a flow start this many decades before its end."""
 
-MOST_TICKS = 2**32 - 1
-"""Steps are 32-bit counters of the random streams."""
+MOST_TICKS = 2**31 - 1
+"""Steps are 32-bit integers."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,22 @@ def schedule(
         times = _flow_times(float(t1), save, spacing)
         return Schedule(times, times, None)
     h = float(dynamics.step_size)
-    if steps is None:
-        assert t1 is not None
-        steps = max(round(t1 / h), 1)
-    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+    if t1 is not None:
+        steps = round(float(t1) / h)
+        if steps < 1:
+            raise ValueError(
+                f"t1={t1:g} is less than half of one step of size {h:g}; make the run longer or "
+                "the step smaller."
+            )
+    if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be an integer >= 1; got {steps!r}.")
     if steps * dynamics.ticks_per_step > MOST_TICKS:
         raise ValueError(
             f"steps={steps}: at most {MOST_TICKS // dynamics.ticks_per_step} steps can be "
             "addressed; use a larger step size or continue from the final network."
         )
-    saved = _grid_steps(int(steps), save, spacing, h)
+    end = int(steps) * h if t1 is None else max(float(t1), int(steps) * h)
+    saved = _grid_steps(int(steps), save, spacing, h, end)
     return Schedule(saved * dynamics.ticks_per_step, saved * h, saved)
 
 
@@ -84,21 +89,20 @@ def _flow_times(t1: float, save: Save, spacing: Spacing) -> np.ndarray:
         count = _count(int(save))
         if spacing == "lin":
             return np.linspace(0.0, t1, count)
-        positive = np.geomspace(t1 * 10.0**-LOG_DECADES, t1, count - 1)
+        positive = np.geomspace(t1, t1 * 10.0**-LOG_DECADES, count - 1)[::-1]
         return np.concatenate([[0.0], positive])
     return _with_zero(_checked_times(save, t1))
 
 
-def _grid_steps(steps: int, save: Save, spacing: Spacing, h: float) -> np.ndarray:
+def _grid_steps(steps: int, save: Save, spacing: Spacing, h: float, end: float) -> np.ndarray:
     if isinstance(save, int | np.integer):
         count = _count(int(save))
         if spacing == "lin":
             return np.unique(np.round(np.linspace(0, steps, min(count, steps + 1))).astype(int))
-        positive = np.round(np.geomspace(1, steps, count - 1)).astype(int)
+        positive = np.round(np.geomspace(steps, 1, count - 1)).astype(int)
         return np.unique(np.concatenate([[0], positive]))
-    times = _with_zero(_checked_times(save, steps * h))
-    nearest = np.round(times / h).astype(int)
-    return np.unique(nearest)
+    times = _with_zero(_checked_times(save, end))
+    return np.unique(np.minimum(np.round(times / h).astype(int), steps))
 
 
 def _checked_times(save: Save, t1: float) -> np.ndarray:

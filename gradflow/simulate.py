@@ -56,8 +56,10 @@ def simulate(
     """Run a dynamics on a problem from a network.
 
     Replicas run inside one compiled program; observables are evaluated on the way, so memory does
-    not grow with the number of steps. Random numbers are addressed by seed, step and replica: the
-    result does not depend on `chunk`, and replica 7 of 10 is replica 7 of 1000.
+    not grow with the number of steps. Random numbers are addressed by seed, step and replica, so
+    replica 7 of 10 is replica 7 of 1000. When a run is saved changes no bit of it. How many
+    replicas are held at once (`replicas`, `chunk`) changes the compiled program, and with it at
+    most the rounding of the last digits.
 
     **Arguments:**
 
@@ -82,18 +84,22 @@ def simulate(
     **Raises:** `ValueError` or `TypeError` for bad input, before anything is computed.
     """
     starts, count = _starts(problem, net, replicas)
+    if not isinstance(dynamics, AbstractDynamics):
+        raise TypeError(
+            f"dynamics must be a dynamics such as GradientDescent(0.1); got {dynamics!r}."
+        )
     chosen = resolve(observables)
     plan = schedule(dynamics, t1, steps, save, spacing)
     random = dynamics.is_random(problem)
     if random and key is None:
         raise ValueError("key: this run is random; pass key=jax.random.key(seed).")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1; got {chunk}.")
+    if chunk is not None and not _is_count(chunk):
+        raise ValueError(f"chunk must be an integer >= 1 or None; got {chunk!r}.")
+    words = _key_words(key)
     weights = _stacked(starts)
     dynamics.check(problem, weights)
-    size = sum(w.size for w in weights) * plan.marks.size * weights[0].dtype.itemsize
-    keep = size <= STORED_BY_DEFAULT if store_weights is None else store_weights
-    words = _key_words(key)
+    stored = sum(w.size for w in weights) * plan.marks.size * weights[0].dtype.itemsize
+    keep = stored <= STORED_BY_DEFAULT if store_weights is None else store_weights
 
     report = _reporter(progress, type(dynamics).__name__)
     began = time.monotonic()
@@ -101,23 +107,28 @@ def simulate(
     size = min(total if chunk is None else chunk, total)
     records: list[_Record] = []
     interrupted = False
-    for first in range(0, total, size):
-        part = tuple(w[..., first : first + size] for w in weights)
-        record = _Record()
-        runner = _Runner(problem, dynamics, chosen, keep, words, plan, report, total)
-        try:
-            runner.run(part, first, record)
-        except KeyboardInterrupt:
-            interrupted = True
-            if record.times and not records:
-                records.append(record)
-            break
-        records.append(record)
-    if isinstance(report, ProgressBar):
-        report.close()
+    runner = _Runner(problem, dynamics, chosen, keep, words, plan, report, total)
+    try:
+        for first in range(0, total, size):
+            record = _Record(paths=min(size, total - first))
+            # The last chunk is filled up with copies: every chunk runs the same program.
+            members = np.minimum(np.arange(first, first + size), total - 1)
+            try:
+                runner.run(tuple(w[..., members] for w in weights), first, record)
+            except KeyboardInterrupt:
+                interrupted = True
+                if record.times and not records:
+                    records.append(record)
+                break
+            records.append(record)
+    finally:
+        if isinstance(report, ProgressBar):
+            report.close()
     if not records:
         raise KeyboardInterrupt
-    dataset = _dataset(records, plan, chosen, problem, replicas is not None or count is not None)
+    dataset = _dataset(
+        records, plan, chosen, len(weights), replicas is not None or count is not None
+    )
     done = sum(r.paths for r in records)
     if interrupted:
         warnings.warn(
@@ -139,6 +150,7 @@ def simulate(
         "key": json.dumps(None if key is None else [int(k) for k in words]),
         "save": json.dumps([float(t) for t in plan.time]),
         "store_weights": int(keep),
+        "chunk": size,
         "observables": json.dumps([o.name for o in chosen]),
         "status": "interrupted" if interrupted else "complete",
         "wall_time_s": time.monotonic() - began,
@@ -148,19 +160,19 @@ def simulate(
             {p: version(p) for p in ("gradflow", "jax", "diffrax", "equinox", "numpy")}
         ),
     }
-    networks = [DeepLinear(layers) for layers in starts[:1] if count is None] or [
-        DeepLinear(layers) for layers in starts
-    ]
+    networks = [DeepLinear(layers) for layers in (starts[:1] if count is None else starts[:done])]
     return Trajectory(dataset, problem, dynamics, networks)
 
 
 def repeat(trajectory: Trajectory) -> Trajectory:
-    """Run a trajectory again from what it holds: the same numbers on the same versions and device.
+    """Run a trajectory again from what it holds: bit for bit on the same versions and device.
+
+    An interrupted run is run to its end.
 
     **Raises:** `ValueError` if it recorded observables of the user's own, which are not stored.
     """
     names = json.loads(trajectory.attrs["observables"])
-    unknown = [n for n in names if n not in BUILT_IN]
+    unknown = [n for n in names if n not in BUILT_IN]  # built-in names cannot be taken by others
     if unknown:
         raise ValueError(
             f"observables: {', '.join(unknown)} were functions given to simulate and are not "
@@ -178,6 +190,7 @@ def repeat(trajectory: Trajectory) -> Trajectory:
         save=times,
         observables=names,
         store_weights=bool(trajectory.attrs["store_weights"]),
+        chunk=int(trajectory.attrs["chunk"]),
     )
 
 
@@ -185,8 +198,8 @@ def repeat(trajectory: Trajectory) -> Trajectory:
 class _Record:
     """What one chunk of replicas has saved so far; arrays start with the replica axis."""
 
+    paths: int
     times: int = 0
-    paths: int = 0
     observed: dict[str, list[np.ndarray]] = field(default_factory=dict)
     weights: list[tuple[np.ndarray, ...]] = field(default_factory=list)
     alive: list[np.ndarray] = field(default_factory=list)
@@ -224,10 +237,10 @@ class _Runner:
 
     def run(self, weights: Weights, first_path: int, record: _Record) -> None:
         """Fill `record`; what is in it stays valid whenever the run is interrupted."""
-        record.paths = weights[0].shape[-1]
-        paths = jnp.arange(first_path, first_path + record.paths, dtype=jnp.uint32)
+        size = weights[0].shape[-1]
+        paths = jnp.arange(first_path, first_path + size, dtype=jnp.uint32)
         shapes = self.dynamics.noise_shapes(self.problem, widths_of(weights))
-        block = block_length(shapes, record.paths)
+        block = block_length(shapes, size)
         state = self.dynamics.init(self.problem, weights, block)
         marks = self.plan.marks
         gridded = np.issubdtype(marks.dtype, np.integer)
@@ -260,13 +273,16 @@ class _Runner:
         observed, alive = jax.device_get(
             _observe(self.observables, state.weights, self.problem, self.dynamics)
         )
-        alive = np.asarray(alive)
+
+        def own(values: Any) -> np.ndarray:
+            """The record's own copy: the array itself is given back to the next step."""
+            return np.moveaxis(np.asarray(values), -1, 0)[: record.paths].copy()
+
         for name, values in observed.items():
-            record.observed.setdefault(name, []).append(np.moveaxis(np.asarray(values), -1, 0))
+            record.observed.setdefault(name, []).append(own(values))
         if self.keep_weights:
-            layers = jax.device_get(state.weights)
-            record.weights.append(tuple(np.moveaxis(np.asarray(w), -1, 0) for w in layers))
-        record.alive.append(alive)
+            record.weights.append(tuple(own(w) for w in jax.device_get(state.weights)))
+        record.alive.append(own(alive))
         record.times = len(record.alive)
 
 
@@ -296,6 +312,10 @@ def _starts(
     problem: Problem, net: DeepLinear | Sequence[DeepLinear], replicas: int | None
 ) -> tuple[list[Weights], int | None]:
     """The initial weights of every path, and how many networks were given (None for one)."""
+    if not isinstance(problem, Problem):
+        raise TypeError(
+            f"problem must be a Problem such as Problem(data, [...]); got {type(problem).__name__}."
+        )
     nets = [net] if isinstance(net, DeepLinear) else list(net)
     if not nets or not all(isinstance(n, DeepLinear) for n in nets):
         raise TypeError("net must be a DeepLinear or a non-empty sequence of them.")
@@ -311,9 +331,7 @@ def _starts(
             f"net: widths {widths} do not fit the data with {d_in} inputs and {d_out} targets; "
             f"the first width must be {d_in} and the last {d_out}."
         )
-    if replicas is not None and (
-        isinstance(replicas, bool) or int(replicas) != replicas or replicas < 1
-    ):
+    if replicas is not None and not _is_count(replicas):
         raise ValueError(f"replicas must be an integer >= 1 or None; got {replicas!r}.")
     if isinstance(net, DeepLinear):
         return [net.weights] * (1 if replicas is None else int(replicas)), None
@@ -332,9 +350,15 @@ def _stacked(starts: list[Weights]) -> Weights:
     return tuple(jnp.stack(layers, axis=-1) for layers in zip(*starts, strict=True))
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
+
+
 def _key_words(key: PRNGKeyArray | None) -> Any:
     if key is None:
         return jnp.zeros((2,), jnp.uint32)
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"key must be a random key such as jax.random.key(0); got {key!r}.")
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     words = jax.random.key_data(key) if typed else key
     if words.shape != (2,):
@@ -350,6 +374,11 @@ def _reporter(progress: bool | Report | None, label: str) -> Report | None:
         return automatic(label)
     if isinstance(progress, bool):
         return ProgressBar(label, patience=0.0) if progress else None
+    if not callable(progress):
+        raise TypeError(
+            "progress must be None, True, False or a function of (done, total, message); got "
+            f"{progress!r}."
+        )
     return progress
 
 
@@ -357,13 +386,14 @@ def _dataset(
     records: list[_Record],
     plan: Schedule,
     observables: Sequence[Observable],
-    problem: Problem,
+    depth: int,
     replica_axis: bool,
 ) -> xr.Dataset:
     """Label what was recorded."""
     times = min(r.times for r in records)
     alive = np.concatenate([np.stack(r.alive[:times], axis=1) for r in records])
     lead = ("replica", "time") if replica_axis else ("time",)
+    ends = {"width_in": "width_0", "width_out": f"width_{depth}"}
 
     def trim(stacked: np.ndarray) -> np.ndarray:
         return stacked if replica_axis else stacked[0]
@@ -376,7 +406,7 @@ def _dataset(
     variables: dict[str, Any] = {}
     for o in observables:
         values = np.concatenate([np.stack(r.observed[o.name][:times], axis=1) for r in records])
-        dims = o.dims
+        dims = tuple(ends.get(dim, dim) for dim in o.dims)
         if values.ndim - 2 != len(dims):
             dims = tuple(f"{o.name}_{axis}" for axis in range(values.ndim - 2))
         values = _blank(values, alive)
@@ -387,7 +417,7 @@ def _dataset(
         )
         if "layer" in dims:
             coords["layer"] = ("layer", np.arange(1, values.shape[-1] + 1))
-    for i in range(len(records[0].weights[0]) if records[0].weights else 0):
+    for i in range(depth if records[0].weights else 0):
         layer = np.concatenate(
             [np.stack([w[i] for w in r.weights[:times]], axis=1) for r in records]
         )

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from gradflow.data import Regression
-from gradflow.describe import describe, rebuild_dynamics, rebuild_regularizer
+from gradflow.describe import check_rebuilds, describe, rebuild_dynamics, rebuild_regularizer
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
@@ -135,8 +135,13 @@ class Trajectory:
 
         The file holds the trajectory, the data, the initial weights, the seed and the settings:
         `gradflow.repeat(Trajectory.load(path))` runs it again.
+
+        **Raises:** `ValueError` if the run used a dynamics, solver or regularizer from elsewhere,
+        which a file cannot bring back.
         """
         path = Path(path)
+        for part in (self.dynamics, *self.problem.regularizers):
+            check_rebuilds(part)
         packed = self._dataset.copy()
         for name, array in self.problem.data.to_arrays().items():
             dims = tuple(f"data_{name}_{axis}" for axis in range(array.ndim))

@@ -27,7 +27,6 @@ WIDTHS = (
     (3, 2),
     (3, 1, 2),
     (2, 3, 2, 1),
-    (2, 1, 3, 2),
     (1, 2, 2, 3, 2),
 )
 """The scalar nets, a square one, bottlenecks and bulges: depths 1 to 4."""

@@ -147,7 +147,7 @@ def test_ctrl_c(folder):
     )  # fmt: skip
     (folder / "long.toml").write_text(HEAD + RUN + endless)
     with subprocess.Popen(
-        [*PROGRAM, "study", "long.toml", "--jobs", "1"], stdout=subprocess.PIPE, text=True
+        [*PROGRAM, "study", "long.toml"], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -181,7 +181,7 @@ def test_an_unexpected_error_is_not_mistaken_for_a_failing_claim(folder, monkeyp
 def test_help_teaches():
     text = call("study", "--help").stdout
     assert all(name in text for name in QUANTITIES)
-    for word in ("report.html", "claims.json", "Exit status", "--overwrite", "--short", "--jobs"):
+    for word in ("report.html", "claims.json", "Exit status", "--overwrite", "--short"):
         assert word in text
 
 

@@ -13,9 +13,9 @@ from gradflow.dynamics.base import (
     AbstractDynamics,
     State,
     advance_in_blocks,
-    bury,
     divergence_limit,
     empty_noise,
+    is_alive,
     over_paths,
 )
 from gradflow.geometry.curvature import hessian_trace
@@ -197,5 +197,5 @@ class StochasticGradientTerm(diffrax.AbstractTerm):
         moved = tuple(
             -g - self.dt * d for g, d in zip(pull_back(weights, total), penalty, strict=True)
         )
-        alive = bury(weights, limit)
-        return tuple(jnp.where(jnp.isnan(a), jnp.nan, m) for a, m in zip(alive, moved, strict=True))
+        alive = is_alive(tuple(w + m for w, m in zip(weights, moved, strict=True)), limit)
+        return tuple(jnp.where(alive, m, jnp.nan) for m in moved)

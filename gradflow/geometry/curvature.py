@@ -67,8 +67,14 @@ def end_to_end_kernel(
 
     On the minima manifold its spectrum is the nonzero spectrum of the Hessian; row-major vec.
     """
-    root = _square_root(sxx)
-    lefts, rights = left_products(net.weights), right_products(net.weights)
+    return kernel_of_root(net.weights, _square_root(sxx))
+
+
+def kernel_of_root(
+    weights: Weights, root: Float[Array, "d_in d_in"]
+) -> Float[Array, "outputs outputs"]:
+    r"""`end_to_end_kernel` with the root $S^{1/2}$ already taken."""
+    lefts, rights = left_products(weights), right_products(weights)
     blocks = [
         jnp.kron(a @ a.T, root @ (b.T @ b) @ root) for a, b in zip(lefts, rights, strict=True)
     ]

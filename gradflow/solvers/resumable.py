@@ -91,8 +91,9 @@ class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
         )
         overflow = jnp.isnan(next_t1)
         next_t1 = jnp.where(overflow, next_t0 + SHRINK * (t1 - t0), next_t1)
-        stuck = ~(next_t1 > next_t0)  # also true of NaN
-        result = diffrax.RESULTS.where(stuck, diffrax.RESULTS.dt_min_reached, result)
+        # Rounding keeps time from advancing, or a rejected step from being shorter; or a NaN.
+        moves = (next_t1 > next_t0) & (keep | (next_t1 < t1))
+        result = diffrax.RESULTS.where(moves, result, diffrax.RESULTS.dt_min_reached)
         proposed = next_t1 - next_t0
         cut_short = (t1 - t0) < 0.999 * planned
         planned = jnp.where(keep & cut_short, jnp.maximum(proposed, planned), proposed)

@@ -35,11 +35,10 @@ def run_study(
     prepared: Sequence[PreparedRun],
     out: Path,
     *,
-    jobs: int = 2,
     reporter: Reporter | None = None,
     evaluate: bool = True,
 ) -> StudyResult:
-    """Integrate the runs of a study, at most `jobs` at once, and judge its claims.
+    """Integrate the runs of a study one after the other, and judge its claims.
 
     Each trajectory is written to `out/runs/NAME.nc` as soon as its run is over. Ctrl-C ends the
     runs at their next report of progress; what they have is kept and the result is "interrupted".
@@ -49,14 +48,12 @@ def run_study(
 
     - `study`, `prepared`: what `load_study` and `prepare` returned.
     - `out`: an existing folder.
-    - `jobs`: runs carried out at once, in threads: JAX releases the interpreter lock while it
-        compiles and computes.
     - `reporter`: is told how the runs get on.
     - `evaluate`: whether to measure phases, rates and claims, or to integrate only.
     """
     start = time.perf_counter()
     execution = _Execution(study.spec, out, reporter or Silent(), evaluate)
-    execution.carry_out(prepared, jobs)
+    execution.carry_out(prepared)
     results = {run.spec.name: execution.results.get(run.spec.name) for run in prepared}
     runs = {name: result for name, result in results.items() if result is not None}
     is_interrupted = execution.stop.is_set()
@@ -91,9 +88,13 @@ class _Execution:
         self.errors: dict[str, str] = {}
         self.warnings: dict[int, list[str]] = {}  # by thread
 
-    def carry_out(self, prepared: Sequence[PreparedRun], jobs: int) -> None:
-        """Carry out all runs, or until Ctrl-C."""
-        with ThreadPoolExecutor(jobs) as pool, _warnings_go_to(self._keep_warning):
+    def carry_out(self, prepared: Sequence[PreparedRun]) -> None:
+        """Carry out all runs, or until Ctrl-C.
+
+        They run in one thread beside the main one, which is left to hear Ctrl-C. Not in two: XLA's
+        CPU client (jaxlib 0.10.2) can wait for ever when two threads execute programs at once.
+        """
+        with ThreadPoolExecutor(1) as pool, _warnings_go_to(self._keep_warning):
             pending: set[Future[None]] = {pool.submit(self._one, run) for run in prepared}
             while pending:
                 try:

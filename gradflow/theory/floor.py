@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from gradflow.geometry.curvature import end_to_end_kernel
-from gradflow.network import DeepLinear, end_to_end, left_products, right_products
+from gradflow.geometry.curvature import kernel_of_root
+from gradflow.network import end_to_end, left_products, right_products
 from gradflow.problem import Problem
 from gradflow.regularizers.weight_decay import WeightDecay
 from gradflow.theory.noise import noise_covariance
@@ -39,8 +39,7 @@ def weight_decay_plateau(problem: Problem, weights: Weights) -> Scalar:
     $$\tfrac12 \mathrm{tr}(M_\mathrm{slow}\, \bar S^{+} M_\mathrm{slow}^\top).$$
     """
     m = slaved_residual(problem, weights)
-    inverse = jnp.linalg.pinv(problem.input_moment, hermitian=True)
-    return 0.5 * jnp.sum((m @ inverse) * m)
+    return 0.5 * jnp.sum((m @ problem.noisy_inverse_root) ** 2)
 
 
 def stationary_covariance(
@@ -63,13 +62,8 @@ def stationary_covariance(
     the edge of stability are NaN.
     """
     h = jnp.asarray(step_size)
-    sxx = problem.input_moment
-    mu, vectors = jnp.linalg.eigh(end_to_end_kernel(DeepLinear(weights), sxx))
-    values, axes = jnp.linalg.eigh(sxx)
-    cutoff = jnp.max(values) * values.size * jnp.finfo(values.dtype).eps
-    safe = jnp.where(values > cutoff, values, 1.0)
-    inverse = (axes * jnp.where(values > cutoff, safe**-0.5, 0.0)) @ axes.T
-    widen = jnp.kron(jnp.eye(problem.data.d_out, dtype=mu.dtype), inverse)
+    mu, vectors = jnp.linalg.eigh(kernel_of_root(weights, problem.noisy_root))
+    widen = jnp.kron(jnp.eye(problem.data.d_out, dtype=mu.dtype), problem.noisy_inverse_root)
     noise = vectors.T @ widen @ noise_covariance(problem, weights) @ widen @ vectors
     a, b = mu[:, None], mu[None, :]
     if not discrete:

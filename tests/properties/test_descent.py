@@ -77,10 +77,10 @@ def test_every_step_is_the_sampled_gradient_of_its_draw():
     """Also when an ensemble is run in chunks: steps and paths address the draws."""
     problem = gf.Problem(DATA, [gf.Minibatch(2), gf.InputNoise(0.3), gf.LabelNoise(0.2)])
     net, key = network(WIDTHS), jax.random.key(3)
-    options = {"steps": 4, "replicas": 5, "key": key, "save": 5, "observables": []}
+    options = {"steps": 4, "replicas": 4, "key": key, "save": 5, "observables": []}
     run = gf.simulate(problem, net, gf.GradientDescent(H), chunk=2, **options)
-    drawn = draws(problem, Stream(key, jnp.arange(4), jnp.arange(5)), net.widths)
-    for k, path in itertools.product(range(4), (0, 1, 4)):
+    drawn = draws(problem, Stream(key, jnp.arange(4), jnp.arange(4)), net.widths)
+    for k, path in itertools.product(range(4), (0, 1, 3)):
         before, after = (layers_at(run, path, k + i) for i in range(2))
         draw = jax.tree.map(lambda leaf, k=k, path=path: leaf[None, k, ..., path], drawn)
         weights = tuple(jnp.asarray(w) for w in before)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from compiled import draws
 
 import gradflow as gf
+from gradflow.streams import Stream
 
 DATA = gf.Regression.whitened([[1.0, 0.5]], n=4)
 
@@ -78,6 +80,23 @@ def test_strengths_are_traced():
 
     np.testing.assert_allclose([variance(0.1), variance(0.2)], [0.01, 0.04])
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["Gaussian", "rows"])
+def test_every_noise_has_numbers_of_its_own(rows):
+    """And they depend on its place alone: the noises after it change nothing."""
+    if rows:
+        data = gf.Regression.from_samples(np.eye(2), np.eye(2))
+        noises = [gf.InputNoise(0.1), gf.LabelNoise(0.2), gf.LabelNoise(0.3)]
+    else:
+        data, noises = DATA, [gf.LabelNoise(0.1), gf.LabelNoise(0.2), gf.LabelNoise(0.3)]
+    stream = Stream(jax.random.key(2), jnp.arange(20), jnp.arange(50))
+    widths = (data.d_in, data.d_out)
+    drawn = [np.asarray(d).ravel() for d in draws(gf.Problem(data, noises), stream, widths)]
+    correlations = np.corrcoef(drawn) - np.eye(3)
+    assert np.abs(correlations).max() < 4 / np.sqrt(drawn[0].size)
+    (first,) = draws(gf.Problem(data, noises[:1]), stream, widths)
+    assert np.array_equal(np.asarray(first).ravel(), drawn[0])
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,22 @@ from reference import as_numpy, assert_close, scale
 
 import gradflow as gf
 from gradflow.theory import (
+    noise_floor,
     slaved_residual,
+    stationary_covariance,
     weight_decay_plateau,
 )
 from gradflow.theory.floor import total_decay
 
-noise_floor = compiled(gf.theory.noise_floor)
-stationary_covariance = compiled(gf.theory.stationary_covariance)
+
+@compiled
+def floor_and_covariance(problem, weights, h, discrete, momentum=None):
+    """Loss floor and stationary covariance in one program."""
+    return (
+        noise_floor(problem, weights, h, discrete, momentum),
+        stationary_covariance(problem, weights, h, discrete, momentum),
+    )
+
 
 SXX = np.array([[1.3, 0.4], [0.4, 0.8]])
 TARGET = np.array([[0.7, -1.1], [0.9, 0.6]])
@@ -137,13 +146,10 @@ def test_stationary_covariance_solves_lyapunov_equations(name, widths):
     discrete = moving @ scipy.linalg.solve_discrete_lyapunov(step, H**2 * inside) @ moving.T
     flow = scipy.linalg.solve_continuous_lyapunov(moving.T @ kernel @ moving, H * inside)
     size = scale([discrete]) * 10
-    x = stationary_covariance(problem, net.weights, H, discrete=True)
-    assert_close([x], [discrete], size)
-    assert_close([noise_floor(problem, net.weights, H, True)], [np.trace(discrete) / 2], size)
-    x = stationary_covariance(problem, net.weights, H, discrete=False)
-    assert_close([x], [moving @ flow @ moving.T], size)
-    floor = np.trace(flow) / 2
-    assert_close([noise_floor(problem, net.weights, H, False)], [floor], size)
+    for is_discrete, expected in ((True, discrete), (False, moving @ flow @ moving.T)):
+        floor, x = floor_and_covariance(problem, net.weights, H, is_discrete)
+        assert_close([x], [expected], size)
+        assert_close([floor], [np.trace(expected) / 2], size)
 
 
 def test_floor_with_momentum_solves_the_lyapunov_equation_of_position_and_velocity():
@@ -155,7 +161,7 @@ def test_floor_with_momentum_solves_the_lyapunov_equation_of_position_and_veloci
     kick = np.block([[noise, noise], [noise, noise]])
     both = scipy.linalg.solve_discrete_lyapunov(step, H**2 * kick)
     assert np.abs(step @ both @ step.T + H**2 * kick - both).max() < 1e-13 * np.abs(both).max()
-    floor = noise_floor(problem, net.weights, H, discrete=True, momentum=beta)
+    floor = floor_and_covariance(problem, net.weights, H, True, momentum=beta)[0]
     np.testing.assert_allclose(floor, np.trace(both[:4, :4]) / 2, rtol=1e-10)
 
 
@@ -167,9 +173,13 @@ def test_floor_of_label_noise_in_closed_form():
     p = reference.end_to_end(layers)
     mu = np.linalg.eigvalsh(reference.hessian(layers, SXX, p @ SXX))[-4:]
     expected = H * s**2 / (2 * n) * np.sum(mu / (2 - H * mu))
-    np.testing.assert_allclose(noise_floor(problem, net.weights, H, True), expected, rtol=1e-11)
+    np.testing.assert_allclose(
+        floor_and_covariance(problem, net.weights, H, True)[0], expected, rtol=1e-11
+    )
     flow = H * s**2 / (4 * n) * np.sum(mu)
-    np.testing.assert_allclose(noise_floor(problem, net.weights, H, False), flow, rtol=1e-11)
+    np.testing.assert_allclose(
+        floor_and_covariance(problem, net.weights, H, False)[0], flow, rtol=1e-11
+    )
 
 
 def test_floor_of_two_scalar_layers():
@@ -179,7 +189,7 @@ def test_floor_of_two_scalar_layers():
     mu = sxx * (w1**2 + w2**2)
     weights = (jnp.array([[w1]]), jnp.array([[w2]]))
     expected = h * s**2 / (2 * n) * mu / (2 - h * mu)
-    np.testing.assert_allclose(noise_floor(problem, weights, h, discrete=True), expected)
+    np.testing.assert_allclose(floor_and_covariance(problem, weights, h, True)[0], expected)
 
 
 def test_floor_against_a_simulated_chain():
@@ -196,7 +206,7 @@ def test_floor_against_a_simulated_chain():
             count += 1
     average = total / count
     error = average.std(ddof=1) / np.sqrt(len(average))
-    floor = float(noise_floor(problem, net.weights, H, discrete=True))
+    floor = float(floor_and_covariance(problem, net.weights, H, True)[0])
     assert abs(average.mean() - floor) < 4 * error
     assert error < 0.01 * floor
 
@@ -206,8 +216,8 @@ def test_beyond_the_edge_of_stability_there_is_no_floor(momentum):
     problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.5)])
     weights = (jnp.ones((1, 1)), jnp.ones((1, 1)))  # mu = 2
     edge = 1.0 if momentum is None else 1.0 + momentum
-    below = noise_floor(problem, weights, 0.99 * edge, True, momentum)
-    above = noise_floor(problem, weights, 1.01 * edge, True, momentum)
+    below = floor_and_covariance(problem, weights, 0.99 * edge, True, momentum)[0]
+    above = floor_and_covariance(problem, weights, 1.01 * edge, True, momentum)[0]
     assert np.isfinite(below) and below > 0
     assert np.isnan(above)
 
@@ -215,4 +225,4 @@ def test_beyond_the_edge_of_stability_there_is_no_floor(momentum):
 def test_no_noise_no_floor():
     problem = gf.Problem(population(), [gf.WeightDecay(0.1)])
     weights = network((2, 3, 2)).weights
-    assert float(noise_floor(problem, weights, H, discrete=True)) == 0.0
+    assert float(floor_and_covariance(problem, weights, H, True)[0]) == 0.0

@@ -1,0 +1,219 @@
+"""What can be watched along a run."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+import gradflow as gf
+from gradflow.observables import BUILT_IN, DEFAULT, observe, resolve
+from gradflow.types import Weights
+
+INPUT_STD, DECAY = 0.4, 0.05
+WIDTHS = (2, 3, 2)
+
+
+def problem_of(*regularizers: gf.AbstractRegularizer) -> gf.Problem:
+    rng = np.random.default_rng(0)
+    return gf.Problem(
+        gf.Regression.from_samples(rng.normal(size=(8, 2)), rng.normal(size=(8, 2))), regularizers
+    )
+
+
+def ensemble(replicas: int = 3) -> list[list[np.ndarray]]:
+    rng = np.random.default_rng(1)
+    pairs = list(zip(WIDTHS[1:], WIDTHS[:-1], strict=True))
+    return [[0.5 * rng.normal(size=pair) for pair in pairs] for _ in range(replicas)]
+
+
+def stacked(nets: list[list[np.ndarray]]) -> Weights:
+    return tuple(jnp.stack([jnp.asarray(w) for w in ws], -1) for ws in zip(*nets, strict=True))
+
+
+observe_all = eqx.filter_jit(observe)
+
+
+def values(
+    names: list[str], problem: gf.Problem, dynamics: gf.AbstractDynamics
+) -> dict[str, np.ndarray]:
+    """Observables of the ensemble, replica axis last."""
+    seen = observe_all(resolve(names), stacked(ensemble()), problem, dynamics)
+    return {name: np.asarray(value) for name, value in seen.items()}
+
+
+def test_every_path_is_observed_by_itself():
+    problem = problem_of(gf.InputNoise(INPUT_STD), gf.WeightDecay(DECAY))
+    simple = [
+        "loss",
+        "averaged_loss",
+        "excess_loss",
+        "imbalance",
+        "squared_norms",
+        "balancedness_trace",
+        "balancedness_norm",
+        "gradient_norm",
+        "hessian_trace",
+        "sharpness",
+        "end_to_end",
+    ]
+    seen = values(simple, problem, gf.GradientFlow())
+    data = problem.data
+    sxx, syx, syy = (np.asarray(m) for m in (data.sxx, data.syx, data.syy))
+    noisy = sxx + INPUT_STD**2 * np.eye(2)
+    least = syx @ np.linalg.inv(noisy)
+    for r, net in enumerate(ensemble()):
+        p = reference.end_to_end(net)
+        norms = [np.sum(w**2) for w in net]
+        g = reference.balancedness(net)[0]
+        hessian = reference.hessian(net, sxx, syx)
+        pull = reference.gradient(net, noisy, syx)
+        decayed = reference.flatten(pull) + DECAY * reference.flatten(net)
+        clean = np.real(reference.loss(net, sxx, syx, syy))
+        expected: dict[str, Any] = {
+            "loss": clean,
+            "averaged_loss": clean + 0.5 * INPUT_STD**2 * np.sum(p**2) + 0.5 * DECAY * sum(norms),
+            "excess_loss": 0.5 * np.trace((p - least) @ noisy @ (p - least).T),
+            "imbalance": abs(norms[1] - norms[0]),
+            "squared_norms": norms,
+            "balancedness_trace": [np.trace(g)],
+            "balancedness_norm": [np.linalg.norm(g)],
+            "gradient_norm": np.linalg.norm(decayed),
+            "hessian_trace": np.trace(hessian),
+            "sharpness": np.linalg.eigvalsh(hessian)[-1],
+            "end_to_end": p,
+        }
+        for name in simple:
+            np.testing.assert_allclose(seen[name][..., r], expected[name], rtol=1e-10, err_msg=name)
+
+
+def scalar(
+    name: str,
+    weights: tuple[float, float],
+    dynamics: gf.AbstractDynamics,
+    *regularizers: gf.AbstractRegularizer,
+) -> float:
+    problem = gf.Problem(gf.Regression.whitened([[1.5]]), regularizers)
+    layers = tuple(jnp.full((1, 1, 1), w) for w in weights)
+    return observe_all(resolve([name]), layers, problem, dynamics)[name].item()
+
+
+S, H, BETA = 0.3, 0.2, 0.5
+W1, W2 = 1.5, 1.0  # a minimum of T = 1.5, curvature 1.5^2 + 1^2
+CURVATURE = W1**2 + W2**2
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "expected"),
+    [
+        (gf.GradientDescent(H), H * S**2 / 2 * CURVATURE / (2 - H * CURVATURE)),
+        (
+            gf.GradientDescent(H, BETA),
+            (H * S**2 / 2 * CURVATURE * (1 + BETA))
+            / ((1 - BETA) * (2 * (1 + BETA) - H * CURVATURE)),
+        ),
+        (gf.StochasticFlow(H), H * S**2 / 4 * CURVATURE),
+        (gf.GradientFlow(), 0.0),
+    ],
+    ids=["descent", "momentum", "stochastic flow", "flow"],
+)
+def test_the_loss_floor_is_that_of_the_dynamics(dynamics: gf.AbstractDynamics, expected: float):
+    """Label noise at a minimum (theory section 9); heavy ball by its stationary covariance (7b)."""
+    seen = scalar("loss_floor", (W1, W2), dynamics, gf.LabelNoise(S))
+    assert seen == pytest.approx(expected, rel=1e-10, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "factor"),
+    [(gf.GradientDescent(H), 1.0), (gf.StochasticFlow(H), 1.0), (gf.GradientFlow(), 0.0)],
+    ids=["descent", "stochastic flow", "flow"],
+)
+def test_the_imbalance_drift_is_that_of_the_dynamics(dynamics: gf.AbstractDynamics, factor: float):
+    """At a minimum the mean gradient is zero: dD/dt = -h s^2 D - 2 lambda D."""
+    penalties = gf.LabelNoise(S), gf.WeightDecay(0.0)
+    imbalance = W1**2 - W2**2
+    seen = scalar("imbalance_drift", (W1, W2), dynamics, *penalties)
+    assert seen == pytest.approx(-factor * H * S**2 * imbalance, rel=1e-10, abs=1e-15)
+    seen = scalar("imbalance_drift", (W1, W2), gf.GradientFlow(), gf.WeightDecay(0.1))
+    assert seen == pytest.approx(-0.2 * imbalance, rel=1e-12)
+
+
+def test_away_from_a_minimum_descent_drifts_by_its_mean_gradient_too():
+    """u+ = u (1 - h^2 r^2) per step without noise, so dD/dt = -h r^2 D."""
+    imbalance, residual = 4.0 - 0.25, 2.0 * 0.5 - 1.5
+    seen = scalar("imbalance_drift", (2.0, 0.5), gf.GradientDescent(H))
+    assert seen == pytest.approx(-H * residual**2 * imbalance, rel=1e-12)
+    seen = scalar("imbalance_drift", (2.0, 0.5), gf.StochasticFlow(H), gf.LabelNoise(S))
+    assert seen == pytest.approx(-H * S**2 * imbalance, rel=1e-12)
+
+
+def test_weight_decay_slaves_the_residual():
+    """r = -2 lambda p / (w_1^2 + w_2^2) (theory section 4)."""
+    slaved = -2 * DECAY * 1.5 / CURVATURE
+    seen = scalar("slaved_residual", (W1, W2), gf.GradientFlow(), gf.WeightDecay(DECAY))
+    assert seen == pytest.approx(abs(slaved), rel=1e-10)
+    seen = scalar("slaved_deviation", (W1, W2), gf.GradientFlow(), gf.WeightDecay(DECAY))
+    assert seen == pytest.approx(abs(slaved), rel=1e-10)  # M = 0 at the minimum of the loss
+    seen = scalar("loss_floor", (W1, W2), gf.GradientFlow(), gf.WeightDecay(DECAY))
+    assert seen == pytest.approx(slaved**2 / 2, rel=1e-10)
+
+
+def test_the_drift_of_momentum_is_not_offered():
+    with pytest.raises(ValueError, match=r"imbalance_drift .* does not hold with momentum"):
+        scalar("imbalance_drift", (W1, W2), gf.GradientDescent(H, BETA), gf.LabelNoise(S))
+
+
+# Specifications
+
+
+def test_the_default_and_names_and_objects():
+    assert tuple(o.name for o in resolve(None)) == DEFAULT
+    assert resolve(["imbalance", BUILT_IN["loss"]]) == (BUILT_IN["imbalance"], BUILT_IN["loss"])
+    assert resolve([]) == ()
+    for name, observable in BUILT_IN.items():
+        assert observable.name == name
+        assert observable.long_name
+        assert observable.units
+
+
+def test_functions_keep_their_identity():
+    """The same function gives the same observable, so that a second run does not compile."""
+
+    def total(net: gf.DeepLinear, problem: gf.Problem) -> Any:
+        return net.end_to_end.sum()
+
+    first, second = resolve({"total": total}), resolve({"total": total, "loss": None})
+    assert first[0] == second[0]
+    assert second[1] is BUILT_IN["loss"]
+    assert (first[0].name, first[0].long_name, first[0].units) == ("total", "total", "1")
+    mine = gf.Observable("mine", "my total", "target/input", first[0].evaluate)
+    assert resolve([mine, "loss"]) == (mine, BUILT_IN["loss"])
+
+
+def zero(net: gf.DeepLinear, problem: gf.Problem) -> float:
+    return 0.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (["los"], "'los' is not known; choose from loss, averaged_loss, .* a mapping"),
+        ({"los": None}, "'los' is not known"),
+        (["loss", "imbalance", "loss"], "loss asked for more than once"),
+        ({"loss": zero}, "'loss' is built in; give your own another name"),
+        ({"W1": zero}, "'W1' is taken by the trajectory"),
+        ({"time": zero}, "'time' is taken by the trajectory"),
+        ({"diverged_at": zero}, "'diverged_at' is taken"),
+        ({"data_x": zero}, "'data_x' is taken"),
+        ({"start_W1": zero}, "'start_W1' is taken"),
+    ],
+)
+def test_refuses_names_that_make_no_sense(spec: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        resolve(spec)
+
+
+def test_names_that_only_look_like_layers_are_free():
+    assert resolve({"W_total": zero})[0].name == "W_total"
