@@ -128,12 +128,12 @@ BUILT_IN: dict[str, Observable] = {
         ),
         Observable(
             "balancedness_trace",
-            "trace of G_i",
+            "tr G",
             "weight^2",
             _balancedness_traces,
             ("pair",),
         ),
-        Observable("balancedness_norm", "norm of G_i", "weight^2", _balancedness_norms, ("pair",)),
+        Observable("balancedness_norm", "norm of G", "weight^2", _balancedness_norms, ("pair",)),
         Observable(
             "hessian_trace",
             "Hessian trace tr H",

@@ -38,6 +38,9 @@ _QUANTITIES = {
     "change": ("change of", ""),
     "max_change": ("largest change of", ""),
     "change_ratio": ("final over initial", "1"),
+    "balancedness_change": ("largest change of G", "weight^2"),
+    "balancedness_decay": ("largest deviation of G from its decay", "weight^2"),
+    "gd_identity": ("largest residual of the one-step identity", "weight^2"),
 }
 
 
