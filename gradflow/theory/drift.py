@@ -12,6 +12,9 @@ from gradflow.theory.floor import total_decay
 from gradflow.theory.noise import noise_columns, noise_covariance
 from gradflow.types import Scalar, Weights
 
+TIED = 1e-6
+"""Relative difference of squared norms below which two layers are tied."""
+
 
 def expected_balancedness_drift(
     problem: Problem, weights: Weights, step_size: ArrayLike, discrete: bool
@@ -77,7 +80,15 @@ def imbalance_drift(
     discrete: bool,
     extra: Float[Array, "outputs outputs"] | None = None,
 ) -> Scalar:
-    r"""The expected $dD/dt$: the drift of $|W_i|^2 - |W_j|^2$ for the pair that attains $D(W)$."""
+    r"""The expected $dD/dt$: the drift of $|W_i|^2 - |W_j|^2$ for the pair that attains $D(W)$.
+
+    Among layers tied up to rounding for the largest (smallest) norm the one that grows most
+    (shrinks most) counts, as it does a moment later.
+    """
     norms = squared_norms(DeepLinear(weights))
     drift = layer_drifts(problem, weights, step_size, discrete, extra)
-    return drift[jnp.argmax(norms)] - drift[jnp.argmin(norms)]
+    top, bottom = jnp.max(norms), jnp.min(norms)
+    near = TIED * top
+    growing = jnp.max(jnp.where(norms >= top - near, drift, -jnp.inf))
+    shrinking = jnp.min(jnp.where(norms <= bottom + near, drift, jnp.inf))
+    return growing - shrinking

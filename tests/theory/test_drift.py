@@ -14,7 +14,7 @@ from compiled import drifts, faces
 from reference import as_numpy, assert_close, gauss_hermite, scale
 
 import gradflow as gf
-from gradflow.theory import imbalance_drift
+from gradflow.theory import expected_balancedness_drift, imbalance_drift
 from gradflow.theory.drift import layer_drifts
 
 X = np.array([[1.0, 0.3], [-0.5, 1.2], [0.7, -0.8]])
@@ -253,3 +253,14 @@ def test_balanced_layers_drift_nowhere():
     problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.5)])
     weights = (jnp.ones((1, 1)), jnp.ones((1, 1)))
     assert float(drifts(problem, weights, H, False).imbalance) == 0.0
+
+
+def test_tied_layers_take_the_pair_that_opens_fastest():
+    net = gf.init.unbalanced((3, 2, 2, 1), 2.0, key=jax.random.key(3), scale=0.5, heavy=3)
+    norms = np.array([float(jnp.sum(w * w)) for w in net.weights])
+    assert abs(norms[0] - norms[1]) < 1e-12 < norms[2] - norms[1]
+    problem = gf.Problem(gf.Regression.whitened([[1.0, 0.5, -0.5]]), [gf.LabelNoise(0.7)])
+    g_1, g_2 = expected_balancedness_drift(problem, net.weights, 0.1, True)
+    opening = (float(jnp.trace(g_2)), float(jnp.trace(g_1) + jnp.trace(g_2)))
+    assert abs(opening[0] - opening[1]) > 1e-3
+    assert np.isclose(float(imbalance_drift(problem, net.weights, 0.1, True)), max(opening))
