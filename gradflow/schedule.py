@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -41,13 +42,16 @@ def schedule(
 ) -> Schedule:
     """The schedule of a run; 0 is always saved first.
 
-    **Raises:** `ValueError` for a length or save times that make no sense.
+    **Raises:** `TypeError` or `ValueError` for a length or save times that make no sense.
     """
     if spacing not in ("lin", "log"):
         raise ValueError(f"spacing must be 'lin' or 'log'; got {spacing!r}.")
     if (t1 is None) == (steps is None):
         given = "neither" if t1 is None else "both"
         raise ValueError(f"t1 and steps: give the length of the run by one of them; got {given}.")
+    for name, value in (("t1", t1), ("steps", steps)):
+        if value is not None and not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number; got {value!r}.")
     if t1 is not None and not (np.isfinite(t1) and t1 > 0):
         raise ValueError(f"t1 must be a finite flow time > 0; got {t1}.")
     if dynamics.ticks_per_step is None or dynamics.step_size is None:

@@ -582,3 +582,10 @@ def test_bad_arrays():
     for missing in ("sxx", "n", "y"):
         with pytest.raises(ValueError, match=re.escape(f"arrays ['{missing}'] are missing")):
             Regression.from_arrays({k: v for k, v in arrays.items() if k != missing})
+
+
+def test_text_in_a_column_is_found_where_it_stands(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("a,y\n1.5,1\n2.5,2\nfoo,3\n")
+    with pytest.raises(ValueError, match=r"column 'a' is not numeric .*row 2, .*'foo'"):
+        Regression.from_file(path, targets="y")

@@ -121,7 +121,9 @@ def predict(
         decay = _decay_rate(drift, start, dynamics)
         if start == 0.0:
             reasons.append("the minimum is balanced: there is no imbalance to decay")
-    separation = rate / decay if decay and np.isfinite(decay) else float("nan")
+        elif decay < 0.0:
+            reasons.append("imbalance grows at the minimum: no separation of time scales")
+    separation = rate / decay if decay > 0.0 else float("nan")
     return Prediction(
         optimization_rate=rate,
         optimization_end=end,

@@ -121,10 +121,14 @@ def numeric_frame(frame: pd.DataFrame, field: str) -> Float[np.ndarray, "n d"]:
     """Convert a DataFrame to float64 (missing values become NaN), refusing columns of text."""
     for position, (column, dtype) in enumerate(zip(frame.columns, frame.dtypes, strict=True)):
         if not pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_complex_dtype(dtype):
-            example = frame.iloc[0, position] if len(frame) else None
+            values = frame.iloc[:, position]
+            numbers = np.asarray(pd.to_numeric(values.astype(str), errors="coerce"), float)
+            text = np.isnan(numbers) & values.notna().to_numpy()
+            row = int(np.argmax(text)) if text.any() else 0
+            example = values.iloc[row] if len(frame) else None
             raise ValueError(
-                f"{field}: column '{column}' is not numeric ({dtype}, first value {example!r}); "
-                "encode it as numbers or leave it out."
+                f"{field}: column '{column}' is not numeric ({dtype}; row {row}, counting from 0, "
+                f"holds {example!r}); encode it as numbers or leave it out."
             )
     return np.array(frame.to_numpy(dtype=np.float64, na_value=np.nan), order="C")
 

@@ -27,8 +27,16 @@ from gradflow.types import EndToEnd, Scalar, Weights
 
 
 def as_parameter(value: ArrayLike) -> Scalar:
-    """A rate or level as an array, so that a sweep over it does not recompile."""
-    return jnp.asarray(value, jnp.result_type(float))
+    """A rate or level as an array, so that a sweep over it does not recompile.
+
+    **Raises:** `TypeError` if it is not a number.
+    """
+    try:
+        return jnp.asarray(value, jnp.result_type(float))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"step sizes, rates, levels and tolerances must be numbers; got {value!r}."
+        ) from error
 
 
 def check_nonnegative(name: str, value: Array) -> None:

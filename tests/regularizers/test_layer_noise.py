@@ -275,7 +275,7 @@ def test_populations_have_no_rows_to_perturb():
     ):
         gf.Problem(data, [Dropout()]).draw(stream, (1, 2, 1))
     online = gf.Problem(data, [Dropout(), gf.Minibatch(2)])
-    assert online.draw(stream, (1, 2, 1))[0][0].shape == (1, 2, 2, 1)
+    assert draws(online, stream, (1, 2, 1))[0][0].shape == (1, 2, 2, 1)
 
 
 def test_noise_inside_the_network_has_no_end_to_end_factor():
