@@ -1,6 +1,7 @@
 """Set-up of every test process: run-time type checks, double precision, caches, hypothesis."""
 
 import os
+import signal
 from pathlib import Path
 
 # JAX reads these when it is imported, and the programs that tests start inherit them: compiled
@@ -16,6 +17,9 @@ import jaxtyping
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_enable_x64", True)
+
+# A test run in the background of a shell ignores SIGINT, and so would the programs it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Shapes and types of every annotated function are checked as it is called. The hook acts on modules
 # imported after it, so nothing above may import gradflow.
