@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("network", "init", "data"),
     ("loss", "geometry"),
     ("regularizers", "problem"),
-    ("solvers",),
+    ("solvers", "closed_forms"),
     ("dynamics",),
     ("theory", "observables", "instruments"),
     ("describe", "progress", "schedule", "trajectory", "simulate"),
@@ -44,6 +44,17 @@ SAME_LAYER: dict[str, tuple[str, ...]] = {
 
 # Within a folder a file imports only from `base.py`; in these also from the files before it.
 ORDERED: dict[str, tuple[str, ...]] = {
+    "dynamics": (
+        "ode",
+        "descent",
+        "svag",
+        "gradient_flow",
+        "modified_flow",
+        "principal_flow",
+        "heavy_ball_flow",
+        "stochastic_flow",
+        "exact_flow",
+    ),
     "data": ("moments", "preprocess", "files", "bundled", "regression"),
     "regularizers": ("averaged", "diffusion", "sampled"),
     "theory": ("noise", "floor", "drift"),
@@ -56,6 +67,9 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "matched_times",
         "agreement",
         "compare",
+        "coupling",
+        "order_fit",
+        "orders",
     ),
     "study": (
         "experiments",
