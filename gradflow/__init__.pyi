@@ -1,6 +1,7 @@
 from . import init as init
 from .analysis import (
     Comparison as Comparison,
+    Orders as Orders,
     Phases as Phases,
     Prediction as Prediction,
     Rate as Rate,
@@ -8,14 +9,21 @@ from .analysis import (
     compare_trajectories as compare_trajectories,
     decay_rate as decay_rate,
     drift as drift,
+    orders as orders,
     phases as phases,
     predict as predict,
 )
 from .data import Regression as Regression
 from .dynamics import (
+    SVAG as SVAG,
     AbstractDynamics as AbstractDynamics,
+    ExactFlow as ExactFlow,
+    FromOptax as FromOptax,
     GradientDescent as GradientDescent,
     GradientFlow as GradientFlow,
+    HeavyBallFlow as HeavyBallFlow,
+    ModifiedFlow as ModifiedFlow,
+    PrincipalFlow as PrincipalFlow,
     StochasticFlow as StochasticFlow,
 )
 from .geometry import (
@@ -37,10 +45,15 @@ from .observables import Observable as Observable
 from .problem import Problem as Problem
 from .regularizers import (
     AbstractRegularizer as AbstractRegularizer,
+    DropConnect as DropConnect,
+    Dropout as Dropout,
+    GradientNoise as GradientNoise,
     InputNoise as InputNoise,
     LabelNoise as LabelNoise,
     Minibatch as Minibatch,
     WeightDecay as WeightDecay,
+    WeightNoise as WeightNoise,
 )
 from .simulate import repeat as repeat, simulate as simulate
+from .solvers import GaussLegendre as GaussLegendre
 from .trajectory import Trajectory as Trajectory

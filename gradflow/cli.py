@@ -1,4 +1,4 @@
-"""The command line: `gradflow study`, `gradflow run`, `gradflow list`."""
+"""The command line: `gradflow study`, `gradflow run`, `gradflow orders`, `gradflow list`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import traceback
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import platformdirs
 import typer
@@ -33,6 +33,7 @@ folder, results/NAME/ unless --out says otherwise:
   claims.json   every claim with its measured value, error and verdict
   figures/      PNG and SVG
   runs/         one NetCDF file a run (xarray.open_dataset reads it)
+  orders/       one CSV file an [[orders]] table: distances at every step size
   spec.toml     the spec as given; spec.json has every setting as run
   status.json   complete, interrupted or failed
 
@@ -41,6 +42,11 @@ ends the runs and keeps what they have, with the status "interrupted".
 
 Exit status: 0 every claim holds; 1 some claim fails or is undecided; 2 bad input; 3 a run broke;
 130 interrupted.
+
+Dynamics: GradientFlow, ExactFlow, ModifiedFlow, PrincipalFlow, HeavyBallFlow (flow time only);
+GradientDescent, SVAG, StochasticFlow (step size h). Regularizers: WeightDecay, LabelNoise,
+InputNoise, Minibatch, Dropout, DropConnect, WeightNoise, GradientNoise. A wrong key is answered
+with the allowed ones. Tables that measure orders of convergence: gradflow orders --help.
 
 A spec to start from (save it as mine.toml, then: gradflow study mine.toml):
 
@@ -73,6 +79,39 @@ A claim is about one of these quantities:
 
 \b
 {_QUANTITIES}
+"""
+
+ORDERS_HELP = """Measure how fast two dynamics approach each other as the step size goes to 0.
+
+SPEC is a TOML file or the name of a shipped experiment (default: discretization). Its [[orders]]
+tables are carried out, its runs are not; `gradflow study` carries out both. For every table the
+distance at every step size, the fitted order with its confidence interval and the range of the fit
+are printed, written to results/NAME/orders/ and drawn. Where the distance cannot be told from the
+Monte-Carlo noise the answer is "not resolved" with the replicas that would resolve it; where the
+leading coefficient nearly vanishes it is "not asymptotic". Neither is an order.
+
+\b
+  [[orders]]
+  name = "sgd_and_sde"
+  regularizers = [ { kind = "LabelNoise", std = 0.8 } ]
+  first = { kind = "GradientDescent" }          # the step size is filled in
+  second = { kind = "StochasticFlow", order = 2 }
+  step_sizes = [0.1, 0.05, 0.025, 0.0125]
+  t1 = 1.0                                      # flow time at which they are compared
+  distance = "weak"                             # of means; "strong": of paths
+  observables = ["imbalance", "end_to_end"]     # strong: also "weights"
+  replicas = 20000
+  [[figure]]
+  kind = "orders"
+  [[claim]]
+  sentence = "The SDE of order 2 has weak order 2."
+  orders = "sgd_and_sde"
+  quantity = "order"
+  observable = "imbalance"
+  expected = 2.0
+  absolute_tolerance = 0.3
+
+Exit status as for `gradflow study`.
 """
 
 app = typer.Typer(
@@ -129,7 +168,7 @@ def study(
     quiet: Quiet = False,
 ) -> None:
     """Run studies; `STUDY_HELP` is what users read."""
-    _carry_out(specs, out, overwrite, short, seed, quiet, evaluate=True)
+    _carry_out(specs, out, overwrite, short, seed, quiet, part="study")
 
 
 @app.command()
@@ -142,7 +181,20 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Integrate the runs of studies and write their NetCDF files: no claims, no figures."""
-    _carry_out(specs, out, overwrite, short, seed, quiet, evaluate=False)
+    _carry_out(specs, out, overwrite, short, seed, quiet, part="runs")
+
+
+@app.command(help=ORDERS_HELP)
+def orders(
+    specs: Specs = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    short: Short = False,
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the [[orders]] tables of studies; `ORDERS_HELP` is what users read."""
+    _carry_out(specs or ["discretization"], out, overwrite, short, seed, quiet, part="orders")
 
 
 @app.command("list")
@@ -174,13 +226,13 @@ def _carry_out(
     short: bool,
     seed: int | None,
     quiet: bool,
-    evaluate: bool,
+    part: Literal["study", "runs", "orders"],
 ) -> None:
     _keep_compiled_programs()
     # JAX takes seconds to import, which --help and list need not wait for.
     from gradflow.command import Options, carry_out
 
-    options = Options(out, overwrite, short, seed, quiet, evaluate)
+    options = Options(out, overwrite, short, seed, quiet, part)
     raise typer.Exit(carry_out(specs or ["two_phases"], options))
 
 

@@ -16,10 +16,11 @@ from rich.text import Text
 from gradflow.report.draw import FigureError, draw_figures
 from gradflow.report.formatting import number, with_error
 from gradflow.report.page import write_page
-from gradflow.study.build import PreparedRun, prepare
+from gradflow.study.build import Prepared, prepare
 from gradflow.study.experiments import find
 from gradflow.study.load import Study, load_study
 from gradflow.study.output import OutputError, ResultFolder, check_free
+from gradflow.study.part import Part
 from gradflow.study.progress import Bars, Lines
 from gradflow.study.record import status, write_claims, write_spec
 from gradflow.study.results import StudyResult
@@ -42,7 +43,12 @@ class Options:
     short: bool
     seed: int | None
     quiet: bool
-    evaluate: bool
+    part: Part
+
+    @property
+    def evaluate(self) -> bool:
+        """Whether claims are judged and figures drawn."""
+        return self.part != "runs"
 
 
 def carry_out(specs: list[str], options: Options) -> int:
@@ -70,13 +76,13 @@ def carry_out(specs: list[str], options: Options) -> int:
     return max(codes)
 
 
-def _load_all(
-    specs: list[str], options: Options
-) -> tuple[list[tuple[Study, tuple[PreparedRun, ...]]], list[str]]:
+def _load_all(specs: list[str], options: Options) -> tuple[list[tuple[Study, Prepared]], list[str]]:
     studies, wrong = [], []
     for spec in specs:
         try:
-            study = load_study(find(spec), short=options.short, seed=options.seed)
+            study = load_study(
+                find(spec), short=options.short, seed=options.seed, part=options.part
+            )
             studies.append((study, prepare(study)))
         except ValueError as error:
             wrong.append(str(error))
@@ -89,9 +95,7 @@ def _folder(study: Study, options: Options, count: int) -> Path:
     return (options.out or Path("results")) / study.spec.name
 
 
-def _carry_out_one(
-    study: Study, prepared: tuple[PreparedRun, ...], out: Path, options: Options
-) -> int:
+def _carry_out_one(study: Study, prepared: Prepared, out: Path, options: Options) -> int:
     """Run one study into its folder; return its exit status."""
     console = _console(options.quiet)
     try:
@@ -103,7 +107,7 @@ def _carry_out_one(
     try:
         write_spec(folder, study)
         result = _integrate(study, prepared, folder, options, console)
-        if options.evaluate and result.runs and result.status != "interrupted":
+        if options.evaluate and (result.runs or result.orders) and result.status != "interrupted":
             wrong = _evaluate(result, folder)
     except BaseException as error:
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -115,10 +119,10 @@ def _carry_out_one(
         typer.echo(str(error), err=True)
         return BAD_INPUT
     for name, reason in result.errors.items():
-        typer.echo(f'run "{name}" broke: {reason}', err=True)
+        typer.echo(f'"{name}" broke: {reason}', err=True)
     if wrong:
         typer.echo(wrong, err=True)
-    _summarize(replace(result, out=final), console)
+    _summarize(replace(result, out=final), console, with_orders=options.part == "orders")
     if result.status == "interrupted":
         return INTERRUPTED
     if result.errors:
@@ -130,20 +134,26 @@ def _carry_out_one(
 
 def _integrate(
     study: Study,
-    prepared: tuple[PreparedRun, ...],
+    prepared: Prepared,
     folder: ResultFolder,
     options: Options,
     console: Console,
 ) -> StudyResult:
     title = study.spec.title or study.spec.name
-    count = f"{len(prepared)} run{'s' * (len(prepared) != 1)}"
-    console.print(f"{title}: {count}", style="bold", markup=False, highlight=False)
+    counts = [_count(len(prepared.runs), "run"), _count(len(prepared.orders), "[[orders]] table")]
+    what = " and ".join(count for count in counts if count)
+    console.print(f"{title}: {what}", style="bold", markup=False, highlight=False)
     evaluate = options.evaluate
+    jobs = [*study.spec.run, *study.spec.orders]
     if options.quiet or not console.is_terminal:
-        lines = Lines(console, study.spec.run)
+        lines = Lines(console, jobs)
         return run_study(study, prepared, folder.path, reporter=lines, evaluate=evaluate)
-    with Bars(console, study.spec.run) as bars:
+    with Bars(console, jobs) as bars:
         return run_study(study, prepared, folder.path, reporter=bars, evaluate=evaluate)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}" if number else ""
 
 
 def _evaluate(result: StudyResult, folder: ResultFolder) -> str:
@@ -164,12 +174,18 @@ def _console(quiet: bool) -> Console:
     return Console(quiet=quiet, width=width)
 
 
-def _summarize(result: StudyResult, console: Console) -> None:
+def _summarize(result: StudyResult, console: Console, *, with_orders: bool) -> None:
     """End with the table of claims and where the results are."""
     if result.status == "interrupted":
-        ended = sum(not run.trajectory.interrupted for run in result.runs.values())
-        total = len(result.spec.run)
-        console.print(f"Interrupted: {ended} of {total} runs reached their end.", highlight=False)
+        done = [*result.runs.values(), *result.orders.values()]
+        ended = sum(not job.interrupted for job in done)
+        total = len(result.spec.run) + len(result.spec.orders)
+        what = "runs and tables" if result.spec.orders else "runs"
+        text = f"Interrupted: {ended} of {total} {what} reached their end."
+        console.print(text, highlight=False)
+    for orders in result.orders.values() if with_orders else ():
+        console.print(f"{orders.label}", style="bold", markup=False, highlight=False)
+        console.print(f"{orders.orders}\n", markup=False, highlight=False)
     if result.claims:
         console.print(_table(result, with_rules=console.width >= _WIDE))
         held = sum(claim.verdict == "holds" for claim in result.claims)

@@ -9,22 +9,30 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from gradflow import dynamics as dynamics_room, regularizers as regularizers_room
+from gradflow import (
+    dynamics as dynamics_room,
+    regularizers as regularizers_room,
+    solvers as solvers_room,
+)
 from gradflow.dynamics.base import AbstractDynamics
+from gradflow.dynamics.from_optax import FromOptax
 from gradflow.regularizers.base import AbstractRegularizer
+
+RENAMED = {"kind": "distribution", "schedule": "step_size"}
+"""Fields that a description calls otherwise: its own `kind` names the class, and a schedule stands
+in the place of the step size."""
 
 
 def describe(part: AbstractDynamics | AbstractRegularizer) -> dict[str, Any]:
     """A dynamics or regularizer as a JSON-ready dictionary: its kind and its fields."""
     described: dict[str, Any] = {"kind": type(part).__name__}
+    scheduled = getattr(part, "schedule", None) is not None
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
-        if isinstance(value, diffrax.AbstractSolver):
-            described[field.name] = type(value).__name__
-        elif isinstance(value, jax.Array | np.ndarray):
-            described[field.name] = float(value)
-        elif value is not None:
-            described[field.name] = value
+        if scheduled and field.name == "step_size":
+            value = None  # it is the first of the schedule's, which stands in its place
+        if value is not None:
+            described[RENAMED.get(field.name, field.name)] = _plain(value)
     return described
 
 
@@ -33,8 +41,7 @@ def rebuild_regularizer(described: Mapping[str, Any]) -> AbstractRegularizer:
 
     **Raises:** `ValueError` if its kind is not one that ships with gradflow.
     """
-    fields = dict(described)
-    kind = fields.pop("kind")
+    kind, fields = _kind_and_fields(described)
     if not hasattr(regularizers_room, kind):
         raise ValueError(
             f"regularizers: {kind!r} does not ship with gradflow; rebuild the problem by hand."
@@ -47,21 +54,55 @@ def rebuild_dynamics(described: Mapping[str, Any]) -> AbstractDynamics:
 
     **Raises:** `ValueError` if its kind or solver is not one that ships with gradflow or diffrax.
     """
-    fields = dict(described)
-    kind = fields.pop("kind")
+    kind, fields = _kind_and_fields(described)
     if not hasattr(dynamics_room, kind):
         raise ValueError(
             f"dynamics: {kind!r} does not ship with gradflow; rebuild the dynamics by hand."
         )
     name = fields.pop("solver", None)
-    if name is not None and not fields["stiff"]:
-        if hasattr(diffrax, name):
-            fields["solver"] = getattr(diffrax, name)()
-        else:
-            raise ValueError(
-                f"dynamics.solver: {name!r} is not a diffrax solver; rebuild the dynamics by hand."
-            )
+    by_default = fields.get("stiff", False) or fields.get("conservative", False)
+    if name is not None and not by_default:
+        fields["solver"] = _solver(name)
     return getattr(dynamics_room, kind)(**fields)
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON can hold it; what it cannot hold becomes its name, and does not rebuild."""
+    if isinstance(value, FromOptax):
+        return {"optax": value.name, **dict(value.options)}
+    if isinstance(value, jax.Array | np.ndarray):
+        return np.asarray(value).tolist()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | int | float | str):
+        return value
+    return type(value).__name__
+
+
+def _kind_and_fields(described: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    fields = {
+        ("kind" if name == RENAMED["kind"] else name): _from_plain(value)
+        for name, value in described.items()
+        if name != "kind"
+    }
+    return described["kind"], fields
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, Mapping) and "optax" in value:
+        options = dict(value)
+        return FromOptax(options.pop("optax"), **options)
+    return value
+
+
+def _solver(name: str) -> diffrax.AbstractSolver:
+    for room in (diffrax, solvers_room):
+        if hasattr(room, name):
+            return getattr(room, name)()
+    raise ValueError(
+        f"dynamics.solver: {name!r} is not a solver of diffrax or gradflow; rebuild the dynamics "
+        "by hand."
+    )
 
 
 def check_rebuilds(part: AbstractDynamics | AbstractRegularizer) -> None:

@@ -11,14 +11,25 @@ from jaxtyping import Array
 
 from gradflow.dynamics.base import AbstractDynamics, over_paths
 from gradflow.dynamics.descent import GradientDescent
+from gradflow.dynamics.gradient_flow import GradientFlow
+from gradflow.dynamics.heavy_ball_flow import HeavyBallFlow
+from gradflow.dynamics.modified_flow import ModifiedFlow, modified_drift
+from gradflow.dynamics.stochastic_flow import StochasticFlow
+from gradflow.dynamics.svag import SVAG
 from gradflow.geometry.curvature import hessian_trace, sharpness
 from gradflow.geometry.imbalance import gram_differences, imbalance, squared_norms
 from gradflow.loss import loss
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.theory.drift import imbalance_drift
-from gradflow.theory.floor import noise_floor, slaved_residual, weight_decay_plateau
-from gradflow.types import Scalar, Weights
+from gradflow.theory.drift import flow_imbalance_drift, imbalance_drift
+from gradflow.theory.floor import (
+    INSTEAD,
+    noise_floor,
+    slaved_residual,
+    weight_decay_plateau,
+)
+from gradflow.theory.noise import check_outside
+from gradflow.types import Weights
 
 
 class Observable(eqx.Module):
@@ -45,13 +56,56 @@ ObservableSpec: TypeAlias = (
 )
 
 
-def _is_discrete(dynamics: AbstractDynamics) -> bool:
-    return isinstance(dynamics, GradientDescent)
+def theory_options(dynamics: AbstractDynamics) -> dict[str, Any]:
+    """How `gradflow.theory` is told of a dynamics that trains step by step, or of an SDE of one.
+
+    **Raises:** `ValueError` for a dynamics that theory does not cover.
+    """
+    if isinstance(dynamics, GradientDescent):
+        return {"discrete": True}
+    if isinstance(dynamics, SVAG):
+        return {"discrete": True, "amplification": dynamics.amplification}
+    if isinstance(dynamics, StochasticFlow):
+        return {"discrete": False, "order": dynamics.order}
+    raise ValueError(
+        f"observables: theory has no loss_floor under noise and no imbalance_drift for "
+        f"{type(dynamics).__name__}; leave them out."
+    )
 
 
-def _step(dynamics: AbstractDynamics) -> Scalar:
-    h = dynamics.step_size
-    return jnp.zeros(()) if h is None else h
+def check_plain(dynamics: AbstractDynamics, name: str, heavy_ball: bool) -> None:
+    """Raise a `ValueError` if the formula of an observable does not hold for the dynamics."""
+    if not isinstance(dynamics, GradientDescent):
+        return
+    momentum = dynamics.momentum is not None
+    for present, what, fix in (
+        (dynamics.optimizer is not None, "an optimizer", "optimizer=None"),
+        (dynamics.schedule is not None, "a schedule of step sizes", "a constant step_size"),
+        (momentum and not heavy_ball, "momentum", "momentum=0.0"),
+        (dynamics.nesterov, "Nesterov momentum", "nesterov=False"),
+    ):
+        if present:
+            raise ValueError(
+                f"observables: {name} is a formula of plain SGD"
+                f"{' and heavy ball' if heavy_ball else ''} and does not hold with {what}; leave "
+                f"it out, or give GradientDescent {fix}."
+            )
+
+
+def _check_slaved(dynamics: AbstractDynamics, name: str) -> None:
+    """Raise a `ValueError` if decay and gradient do not act with the same strength."""
+    optimizer = isinstance(dynamics, GradientDescent) and dynamics.optimizer is not None
+    decoupled = (
+        isinstance(dynamics, GradientDescent | HeavyBallFlow)
+        and dynamics.momentum is not None
+        and dynamics.decay == "decoupled"
+    )
+    if optimizer or decoupled:
+        what = "an optimizer" if optimizer else "momentum and decoupled decay"
+        raise ValueError(
+            f"observables: {name} balances the gradient and weight decay with equal strength, "
+            f"which does not hold with {what}; leave it out."
+        )
 
 
 def _excess_loss(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
@@ -60,29 +114,43 @@ def _excess_loss(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) 
 
 
 def _loss_floor(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
-    momentum = dynamics.momentum if isinstance(dynamics, GradientDescent) else None
-    plateau = jnp.zeros((), problem.data.sxx.dtype)
+    check_outside(problem, "loss_floor", INSTEAD)
+    total = jnp.zeros((), problem.data.sxx.dtype)
     if problem.penalties:
-        plateau = weight_decay_plateau(problem, net.weights)
+        _check_slaved(dynamics, "loss_floor")
+        total = weight_decay_plateau(problem, net.weights)
     if not dynamics.is_random(problem):
-        return plateau
-    noise = noise_floor(problem, net.weights, _step(dynamics), _is_discrete(dynamics), momentum)
-    return plateau + noise
+        return total
+    options = theory_options(dynamics)
+    check_plain(dynamics, "loss_floor", heavy_ball=True)
+    if isinstance(dynamics, GradientDescent):
+        options["momentum"] = dynamics.momentum
+    return total + noise_floor(problem, net.weights, dynamics.step_size, **options)
+
+
+def _slaved_residual(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
+    _check_slaved(dynamics, "slaved_residual")
+    return jnp.linalg.norm(slaved_residual(problem, net.weights))
 
 
 def _deviation(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
+    _check_slaved(dynamics, "slaved_deviation")
     m = net.end_to_end @ problem.input_moment - problem.data.syx
     return jnp.linalg.norm(m - slaved_residual(problem, net.weights))
 
 
 def _imbalance_drift(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
-    if isinstance(dynamics, GradientDescent) and dynamics.momentum is not None:
-        raise ValueError(
-            "observables: imbalance_drift is the exact one-step drift of plain SGD and does not "
-            "hold with momentum; leave it out or use GradientDescent(step_size, momentum=0.0)."
-        )
-    h = _step(dynamics) if dynamics.is_random(problem) or _is_discrete(dynamics) else 0.0
-    return imbalance_drift(problem, net.weights, h, _is_discrete(dynamics))
+    if isinstance(dynamics, ModifiedFlow):
+        velocity = modified_drift(problem, net.weights, dynamics.step_size, dynamics.order)
+        return flow_imbalance_drift(net.weights, velocity)
+    if isinstance(dynamics, GradientFlow):
+        if not problem.layer_noise:
+            return imbalance_drift(problem, net.weights, 0.0, discrete=False)
+        velocity = tuple(-g for g in problem.averaged_gradient(net.weights))
+        return flow_imbalance_drift(net.weights, velocity)
+    options = theory_options(dynamics)
+    check_plain(dynamics, "imbalance_drift", heavy_ball=False)
+    return imbalance_drift(problem, net.weights, dynamics.step_size, **options)
 
 
 def _gradient_norm(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
@@ -111,12 +179,7 @@ BUILT_IN: dict[str, Observable] = {
         Observable("excess_loss", "excess loss over its minimum", "loss", _excess_loss),
         Observable("loss_floor", "loss floor of the regularization phase", "loss", _loss_floor),
         Observable("slaved_deviation", "deviation |M - M_slow|", "loss/weight", _deviation),
-        Observable(
-            "slaved_residual",
-            "slaved residual |M_slow|",
-            "loss/weight",
-            lambda n, p, d: jnp.linalg.norm(slaved_residual(p, n.weights)),
-        ),
+        Observable("slaved_residual", "slaved residual |M_slow|", "loss/weight", _slaved_residual),
         Observable("imbalance", "imbalance D(W)", "weight^2", lambda n, p, d: imbalance(n)),
         Observable("imbalance_drift", "expected drift dD/dt", "weight^2/time", _imbalance_drift),
         Observable(

@@ -20,13 +20,27 @@ from gradflow.regularizers.averaged import (
 from gradflow.regularizers.base import (
     AbstractBatch,
     AbstractDataNoise,
+    AbstractGradientNoise,
     AbstractLayerNoise,
     AbstractPenalty,
     AbstractRegularizer,
+    AbstractWeightNoise,
     NoiseMoments,
 )
-from gradflow.regularizers.diffusion import end_to_end_increment, normal_shapes
-from gradflow.regularizers.sampled import draw_noise, sampled_gradient
+from gradflow.regularizers.diffusion import (
+    check_factor,
+    draw_normals,
+    end_to_end_increment,
+    gradient_increment,
+    has_diffusion_factor,
+    normal_shapes,
+)
+from gradflow.regularizers.sampled import (
+    draw_noise,
+    is_gaussian,
+    sampled_gradient,
+    weight_shift,
+)
 from gradflow.streams import Stream
 from gradflow.types import EndToEnd, Scalar, Weights
 
@@ -101,8 +115,32 @@ class Problem(eqx.Module):
 
     @property
     def layer_noise(self) -> tuple[AbstractLayerNoise, ...]:
-        """The noises inside the network."""
+        """The noises inside the network, on its weights or its hidden activations."""
         return tuple(r for r in self.regularizers if isinstance(r, AbstractLayerNoise))
+
+    @property
+    def has_gradient_noise(self) -> bool:
+        """Whether there is noise on the gradient that does not depend on the weights."""
+        return any(isinstance(r, AbstractGradientNoise) for r in self.regularizers)
+
+    @property
+    def has_weight_shift(self) -> bool:
+        """Whether a discrete dynamics adds noise to the weights themselves: see `weight_shift`."""
+        return any(isinstance(r, AbstractWeightNoise) and r.is_shift for r in self.regularizers)
+
+    @property
+    def has_diffusion_factor(self) -> bool:
+        """Whether the covariance of the stochastic gradient has a closed factor: `noise`."""
+        return has_diffusion_factor(self.regularizers)
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether one step of SGD is Gaussian given the weights.
+
+        Then `sampled_gradient` is exactly `averaged_gradient` plus `noise`, and `draw` and
+        `draw_normals` give the same numbers for the same stream.
+        """
+        return is_gaussian(self.data, self.regularizers)
 
     @property
     def penalties(self) -> tuple[AbstractPenalty, ...]:
@@ -147,26 +185,88 @@ class Problem(eqx.Module):
             data=self.data,
         )
 
-    def normal_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the standard normals that one draw of the diffusion takes."""
-        return normal_shapes(self.data, self.regularizers)
+    def normal_shapes(self, widths: tuple[int, ...]) -> tuple[Any, Any]:
+        """The shapes of one draw of `draw_normals`, as `jax.ShapeDtypeStruct`.
 
-    def end_to_end_increment(self, weights: Weights, normals: tuple[Array, ...]) -> EndToEnd:
-        r"""The diffusion factor applied to normals: Gaussian noise on $M$ with its covariance."""
-        return end_to_end_increment(self.regularizers, self.noise_moments(weights), normals)
+        **Raises:** `ValueError` for noise inside the network, which has no closed factor.
+        """
+        return normal_shapes(self.data, self.regularizers, widths)
 
-    def noise(self, weights: Weights, normals: tuple[Array, ...]) -> Weights:
-        r"""$B(W)\,\zeta$ with $B B^\top$ the covariance of the stochastic gradient."""
-        return pull_back(weights, self.end_to_end_increment(weights, normals))
+    def draw_normals(self, stream: Stream, widths: tuple[int, ...]) -> tuple[Any, Any]:
+        """The normals of a block of steps: a pytree of `(K, ..., R)` arrays.
+
+        A pair: the normals of `end_to_end_increment` and those of `gradient_noise`.
+
+        **Raises:** `ValueError` for noise inside the network, which has no closed factor.
+        """
+        return draw_normals(self.data, self.regularizers, stream, widths)
+
+    def end_to_end_increment(self, weights: Weights, data_normals: tuple[Array, ...]) -> EndToEnd:
+        r"""The diffusion factor of the data noise: Gaussian noise on $M$ with its covariance.
+
+        **Raises:** `ValueError` for noise inside the network, which has no closed factor.
+        """
+        check_factor(self.regularizers)
+        return end_to_end_increment(self.regularizers, self.noise_moments(weights), data_normals)
+
+    def gradient_noise(self, gradient_normals: tuple[tuple[Array, ...], ...]) -> Weights:
+        """The noise on the gradient that does not depend on the weights, one array a layer.
+
+        An empty tuple for a problem without `has_gradient_noise`.
+        """
+        return gradient_increment(self.regularizers, gradient_normals)
+
+    def noise(self, weights: Weights, normals: tuple[Any, Any]) -> Weights:
+        r"""$B(W)\,\zeta$ with $B B^\top$ the covariance of the stochastic gradient.
+
+        **Raises:** `ValueError` for noise inside the network, which has no closed factor.
+        """
+        data_normals, gradient_normals = normals
+        noise = pull_back(weights, self.end_to_end_increment(weights, data_normals))
+        if not self.has_gradient_noise:
+            return noise
+        extra = self.gradient_noise(gradient_normals)
+        return tuple(a + b for a, b in zip(noise, extra, strict=True))
 
     def draw(self, stream: Stream, widths: tuple[int, ...]) -> Any:
         """The random numbers of a block of steps: a pytree of `(K, ..., R)` arrays."""
         return draw_noise(self.data, self.regularizers, stream, widths)
 
-    def sampled_gradient(self, weights: Weights, draw: Any) -> Weights:
-        """The stochastic gradient of one step of one path under a draw; exact."""
-        moments = self.noise_moments(weights)
-        return sampled_gradient(self.data, self.regularizers, weights, moments, draw)
+    def sampled_gradient(self, weights: Weights, draw: Any, penalties: bool = True) -> Weights:
+        """The stochastic gradient of one step of one path under a draw; exact.
+
+        Its expectation is `averaged_gradient`; with `has_weight_shift` that of the gradient at
+        `weights` plus `weight_shift`. `penalties=False` leaves the penalties out.
+        """
+        return sampled_gradient(
+            self.data, self.regularizers, weights, self.noise_moments, draw, penalties
+        )
+
+    def weight_shift(self, weights: Weights, draw: Any) -> Weights:
+        r"""The noise $\xi$ of a draw that stays in the weights; zeros without `has_weight_shift`.
+
+        A discrete dynamics adds $\xi_{k+1} - \xi_k$ to the weights in step $k$, with $\xi_{k+1}$
+        the shift of the draw of step $k$ and $\xi_0 = 0$. Then $Z = W - \xi$ moves by
+        $-h\, \tilde g(Z_k + \xi_k)$: plain noise on the weights $Z$, which the averaged face and
+        the flows describe.
+        """
+        return weight_shift(self.regularizers, weights, draw)
+
+    def centred_gradient(self, weights: Weights, draw: Any) -> Weights:
+        """The noise of the stochastic gradient under a draw: mean zero, exact covariance.
+
+        With `has_weight_shift` the weights are those without the shift. Where the covariance has no
+        closed factor this is the increment of a stochastic flow.
+        """
+        at = weights
+        if self.has_weight_shift:
+            shift = self.weight_shift(weights, draw)
+            at = tuple(w + s for w, s in zip(weights, shift, strict=True))
+        # Penalties cancel, except that a shift moves the weights that they see.
+        kept = self.has_weight_shift
+        g = self.sampled_gradient(at, draw, kept)
+        mean = averaged_gradient(weights, self.data, self.regularizers, kept)
+        return tuple(a - b for a, b in zip(g, mean, strict=True))
 
     def add_penalties(self, gradient: Weights, weights: Weights) -> Weights:
         """The gradient plus the gradients of all penalties."""

@@ -1,13 +1,15 @@
 """When a run is saved."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 from gradflow.dynamics.base import AbstractDynamics
+from gradflow.dynamics.descent import GradientDescent, scheduled_step_sizes
 
 Spacing: TypeAlias = Literal["lin", "log"]
 Save: TypeAlias = int | Sequence[float] | np.ndarray
@@ -17,6 +19,12 @@ LOG_DECADES = 4
 
 MOST_TICKS = 2**31 - 1
 """Steps are 32-bit integers."""
+
+MOST_SCHEDULED = 2**26
+"""Steps of a step-size schedule whose flow times are added up: half a gigabyte."""
+
+SCHEDULED_AT_ONCE = 2**12
+"""Step sizes of a schedule that are evaluated in one call."""
 
 
 @dataclass(frozen=True)
@@ -56,30 +64,112 @@ def schedule(
         raise ValueError(f"t1 must be a finite flow time > 0; got {t1}.")
     if dynamics.ticks_per_step is None or dynamics.step_size is None:
         if t1 is None:
-            raise ValueError(
-                f"steps={steps}: {type(dynamics).__name__} has no step size; give its length as "
-                "flow time t1."
-            )
+            if dynamics.step_size is None:
+                raise ValueError(
+                    f"steps={steps}: {type(dynamics).__name__} has no step size; give its length "
+                    "as flow time t1."
+                )
+            t1 = _checked_steps(steps, 1) * float(dynamics.step_size)
         times = _flow_times(float(t1), save, spacing)
         return Schedule(times, times, None)
+    if isinstance(dynamics, GradientDescent) and dynamics.schedule is not None:
+        return _scheduled(dynamics.schedule, t1, steps, save, spacing)
     h = float(dynamics.step_size)
     if t1 is not None:
         steps = round(float(t1) / h)
         if steps < 1:
-            raise ValueError(
-                f"t1={t1:g} is less than half of one step of size {h:g}; make the run longer or "
-                "the step smaller."
-            )
+            raise ValueError(_too_short(t1, h))
+    finest = max(dynamics.ticks_per_step, getattr(dynamics, "path_substeps", 1))
+    steps = _checked_steps(steps, finest)
+    end = steps * h if t1 is None else max(float(t1), steps * h)
+    saved = _grid_steps(steps, save, spacing, h, end)
+    return Schedule(saved * dynamics.ticks_per_step, saved * h, saved)
+
+
+def _checked_steps(steps: Any, finest: int) -> int:
     if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be an integer >= 1; got {steps!r}.")
-    if steps * dynamics.ticks_per_step > MOST_TICKS:
+    if steps * finest > MOST_TICKS:
         raise ValueError(
-            f"steps={steps}: at most {MOST_TICKS // dynamics.ticks_per_step} steps can be "
-            "addressed; use a larger step size or continue from the final network."
+            f"steps={steps}: at most {MOST_TICKS // finest} steps can be addressed; use a "
+            "larger step size or continue from the final network."
         )
-    end = int(steps) * h if t1 is None else max(float(t1), int(steps) * h)
-    saved = _grid_steps(int(steps), save, spacing, h, end)
-    return Schedule(saved * dynamics.ticks_per_step, saved * h, saved)
+    return int(steps)
+
+
+def _too_short(t1: float, h: float) -> str:
+    return (
+        f"t1={t1:g} is less than half of one step of size {h:g}; make the run longer or the step "
+        "smaller."
+    )
+
+
+def _scheduled(
+    step_sizes: Callable[[Any], Any],
+    t1: float | None,
+    steps: int | None,
+    save: Save,
+    spacing: Spacing,
+) -> Schedule:
+    r"""The schedule of a run whose step size varies: $t_k = \sum_{j<k} h_j$."""
+    if t1 is None:
+        steps = _checked_steps(steps, 1)
+        if steps > MOST_SCHEDULED:
+            raise ValueError(
+                f"steps={steps}: at most {MOST_SCHEDULED} steps can follow a step-size schedule; "
+                "continue from the final network."
+            )
+        times = _step_times(step_sizes, steps, np.inf)[: steps + 1]
+    else:
+        times = _step_times(step_sizes, MOST_SCHEDULED, float(t1))
+        if times[-1] < t1:
+            raise ValueError(
+                f"t1={t1:g}: the step-size schedule has only reached t = {times[-1]:g} after "
+                f"{times.size - 1} steps; make the run shorter or the steps larger."
+            )
+        last = int(_nearest(times, np.asarray([t1]))[0])
+        if last < 1:
+            raise ValueError(_too_short(t1, times[1]))
+        times = times[: last + 1]
+    end = times[-1] if t1 is None else max(float(t1), times[-1])
+    if isinstance(save, int | np.integer):
+        count = _count(int(save))
+        if spacing == "lin":
+            wanted = times if count >= times.size else np.linspace(0.0, times[-1], count)
+        else:
+            wanted = np.append(0.0, np.geomspace(times[-1], times[1], count - 1))
+    else:
+        wanted = _checked_times(save, end)
+    saved = np.unique(np.append(0, _nearest(times, wanted)))
+    return Schedule(saved, times[saved], saved)
+
+
+def _step_times(step_sizes: Callable[[Any], Any], steps: int, t1: float) -> np.ndarray:
+    """The flow times of the first steps: up to the first beyond `t1`, at most `steps` of them."""
+    pieces, count, time = [np.zeros(1)], 0, 0.0
+    while count < steps and time < t1:
+        some = np.arange(count, count + SCHEDULED_AT_ONCE)
+        h = np.asarray(scheduled_step_sizes(step_sizes, jnp.asarray(some)), dtype=float)
+        h = h[: steps - count]
+        after = time + np.cumsum(h)
+        reached = int(np.argmax(after >= t1)) + 1 if np.any(after >= t1) else h.size
+        wrong = np.flatnonzero(~(np.isfinite(h[:reached]) & (h[:reached] > 0.0)))
+        if wrong.size:
+            first = int(wrong[0])
+            raise ValueError(
+                f"GradientDescent.step_size: the schedule gives {h[first]} at step "
+                f"{count + first}; it must be a finite number > 0 at every step of the run (end "
+                "the run before the schedule does, or keep the schedule above 0)."
+            )
+        pieces.append(after[:reached])
+        count, time = count + reached, float(after[reached - 1])
+    return np.concatenate(pieces)
+
+
+def _nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The steps whose times are nearest to the wanted ones."""
+    above = np.clip(np.searchsorted(times, wanted), 1, times.size - 1)
+    return above - (wanted - times[above - 1] <= times[above] - wanted)
 
 
 def _count(save: int) -> int:

@@ -1,6 +1,7 @@
 """The functions under test, compiled once a shape and shared by all test modules."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import equinox as eqx
@@ -56,15 +57,28 @@ class Faces(NamedTuple):
     covariance: Array
 
 
+def normal_leaves(problem: gf.Problem, weights: Weights) -> list[jax.ShapeDtypeStruct]:
+    """The arrays of normals that the diffusion factor takes, in order."""
+    widths = (weights[0].shape[1], *(w.shape[0] for w in weights))
+    return jax.tree.leaves(problem.normal_shapes(widths))
+
+
+def as_normals(problem: gf.Problem, weights: Weights, pieces: Sequence[Array]) -> tuple:
+    """Flat arrays, one for each of `normal_leaves`, as the diffusion factor takes them."""
+    widths = (weights[0].shape[1], *(w.shape[0] for w in weights))
+    shapes, tree = jax.tree.flatten(problem.normal_shapes(widths))
+    shaped = [piece.reshape(s.shape) for piece, s in zip(pieces, shapes, strict=True)]
+    return jax.tree.unflatten(tree, shaped)
+
+
 @compiled
 def faces(problem: gf.Problem, weights: Weights) -> Faces:
     """Averaged loss and gradient, the columns of the diffusion factor, the covariance of M."""
-    shapes = problem.normal_shapes()
-    sizes = [int(np.prod(s)) for s in shapes]
+    sizes = [leaf.size for leaf in normal_leaves(problem, weights)]
 
     def noise(unit: Array) -> Array:
-        pieces = zip(jnp.split(unit, np.cumsum(sizes)[:-1]), shapes, strict=True)
-        return _flat(problem.noise(weights, tuple(piece.reshape(s) for piece, s in pieces)))
+        pieces = jnp.split(unit, np.cumsum(sizes)[:-1])
+        return _flat(problem.noise(weights, as_normals(problem, weights, pieces)))
 
     return Faces(
         problem.averaged_loss(weights),
@@ -78,6 +92,48 @@ def faces(problem: gf.Problem, weights: Weights) -> Faces:
 def sampled_gradients(problem: gf.Problem, weights: Weights, draws: tuple) -> Array:
     """The stochastic gradients of many draws (first axis), as vectors."""
     return jax.vmap(lambda draw: _flat(problem.sampled_gradient(weights, draw)))(draws)
+
+
+class InnerFaces(NamedTuple):
+    """The averaged and the sampled face of noise inside the network; gradients as vectors."""
+
+    loss: Scalar
+    gradient: Array
+    gradients: Array
+    centred: Array
+
+
+@compiled
+def inner_faces(problem: gf.Problem, weights: Weights, draws: tuple) -> InnerFaces:
+    """Averages, and the gradients of many draws (first axis) at the weights that noise stays in."""
+
+    def one(draw: tuple) -> tuple[Array, Array]:
+        shift = problem.weight_shift(weights, draw)
+        at = tuple(w + s for w, s in zip(weights, shift, strict=True))
+        centred = _flat(problem.centred_gradient(weights, draw))
+        return _flat(problem.sampled_gradient(at, draw)), centred
+
+    loss, gradient = problem.averaged_loss(weights), problem.averaged_gradient(weights)
+    return InnerFaces(loss, _flat(gradient), *jax.vmap(one)(draws))
+
+
+@compiled
+def centred_statistics(
+    problem: gf.Problem, weights: Weights, stream: Stream, widths: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """Mean and standard error of the centred gradient over the draws of a stream."""
+    drawn = problem.draw(stream, widths)
+    flat = jax.tree.map(
+        lambda leaf: jnp.moveaxis(leaf, -1, 1).reshape(-1, *leaf.shape[1:-1]), drawn
+    )
+    g = jax.vmap(lambda draw: _flat(problem.centred_gradient(weights, draw)))(flat)
+    return g.mean(axis=0), g.std(axis=0) / np.sqrt(len(g))
+
+
+@compiled
+def averages(problem: gf.Problem, weights: Weights) -> tuple[Scalar, Array]:
+    """Averaged loss and gradient, the latter as a vector."""
+    return problem.averaged_loss(weights), _flat(problem.averaged_gradient(weights))
 
 
 @compiled

@@ -192,7 +192,17 @@ def test_the_spec_in_the_help_is_valid(tmp_path):
     assert tomllib.loads(path.read_text())["name"] == load_study(path).spec.name == "mine"
 
 
+def test_the_orders_table_in_the_help_is_valid(tmp_path):
+    start = cli.STUDY_HELP.partition("\b\n  name =")[2].partition("  [[run]]")[0]
+    table = cli.ORDERS_HELP.partition("\b\n")[2].partition("\n\nExit")[0]
+    path = tmp_path / "mine.toml"
+    path.write_text("name =" + start + table)
+    (orders,) = load_study(path, part="orders").spec.orders
+    assert orders.first.step_size == orders.step_sizes[0]
+
+
 def test_list_and_version():
     listed = call("list").stdout.splitlines()
-    assert [line.split()[0] for line in listed][:3] == ["conservation", "diabetes", "two_phases"]
+    names = [line.split()[0] for line in listed]
+    assert names == sorted(names) and {"conservation", "diabetes", "two_phases"} <= set(names)
     assert re.fullmatch(r"gradflow \d+\.\d+\S*\n", call("--version").stdout)

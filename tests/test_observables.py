@@ -5,11 +5,16 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 
 import gradflow as gf
+from gradflow.dynamics import SVAG
+from gradflow.dynamics.heavy_ball_flow import HeavyBallFlow
+from gradflow.dynamics.modified_flow import ModifiedFlow
 from gradflow.observables import BUILT_IN, DEFAULT, observe, resolve
+from gradflow.regularizers import Dropout, GradientNoise, WeightNoise
 from gradflow.types import Weights
 
 INPUT_STD, DECAY = 0.4, 0.05
@@ -115,9 +120,15 @@ CURVATURE = W1**2 + W2**2
             / ((1 - BETA) * (2 * (1 + BETA) - H * CURVATURE)),
         ),
         (gf.StochasticFlow(H), H * S**2 / 4 * CURVATURE),
+        (
+            gf.StochasticFlow(H, order=2),
+            H * S**2 / 4 * CURVATURE / (1 + H * CURVATURE / 2),
+        ),
+        (SVAG(H, 4), H * S**2 / 2 * CURVATURE / (2 - H / 4 * CURVATURE)),
         (gf.GradientFlow(), 0.0),
+        (ModifiedFlow(H), 0.0),
     ],
-    ids=["descent", "momentum", "stochastic flow", "flow"],
+    ids=["descent", "momentum", "stochastic flow", "order 2", "SVAG", "flow", "modified flow"],
 )
 def test_the_loss_floor_is_that_of_the_dynamics(dynamics: gf.AbstractDynamics, expected: float):
     """Label noise at a minimum (theory section 9); heavy ball by its stationary covariance (7b)."""
@@ -158,6 +169,68 @@ def test_weight_decay_slaves_the_residual():
     assert seen == pytest.approx(abs(slaved), rel=1e-10)  # M = 0 at the minimum of the loss
     seen = scalar("loss_floor", (W1, W2), gf.GradientFlow(), gf.WeightDecay(DECAY))
     assert seen == pytest.approx(slaved**2 / 2, rel=1e-10)
+
+
+def test_the_loss_floor_and_drift_of_gradient_noise():
+    """(h s^2 / 2) / (2 - h mu), and no drift where all widths are equal."""
+    noise = GradientNoise(S)
+    seen = scalar("loss_floor", (W1, W2), gf.GradientDescent(H), noise)
+    assert seen == pytest.approx(H * S**2 / 2 / (2 - H * CURVATURE), rel=1e-10)
+    seen = scalar("imbalance_drift", (W1, W2), gf.GradientDescent(H), noise)
+    assert seen == pytest.approx(0.0, abs=1e-14)
+
+
+def test_flows_drift_by_what_moves_them():
+    """Weight noise: dD/dt = -2 s^2 D; the modified flow: -h r^2 D; dropout conserves D."""
+    at, imbalance, residual = (2.0, 0.5), 4.0 - 0.25, 2.0 * 0.5 - 1.5
+    seen = scalar("imbalance_drift", at, gf.GradientFlow(), WeightNoise(S))
+    assert seen == pytest.approx(-2 * S**2 * imbalance, rel=1e-12)
+    seen = scalar("imbalance_drift", at, gf.GradientFlow(), Dropout(0.3))
+    assert seen == pytest.approx(0.0, abs=1e-14)
+    for dynamics in (ModifiedFlow(H), gf.StochasticFlow(H, order=2)):
+        seen = scalar("imbalance_drift", at, dynamics)
+        assert seen == pytest.approx(-H * residual**2 * imbalance, rel=1e-10)
+    seen = scalar("imbalance_drift", at, SVAG(H, 4), gf.LabelNoise(S))
+    assert seen == pytest.approx(-H * (residual**2 / 4 + S**2) * imbalance, rel=1e-10)
+
+
+NESTEROV = gf.GradientDescent(H, BETA, nesterov=True)
+SCHEDULE = gf.GradientDescent(lambda k: 0.1 / (1 + k))
+ADAM = gf.GradientDescent(H, optimizer=optax.adam)
+DECOUPLED = gf.GradientDescent(H, BETA, decay="decoupled")
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamics", "message"),
+    [
+        ("imbalance_drift", gf.GradientDescent(H, BETA), "momentum; .* momentum=0.0"),
+        ("imbalance_drift", SCHEDULE, "a schedule of step sizes; .* a constant step_size"),
+        ("imbalance_drift", ADAM, "an optimizer; .* optimizer=None"),
+        ("loss_floor", NESTEROV, "Nesterov momentum; .* nesterov=False"),
+        ("loss_floor", SCHEDULE, "a schedule of step sizes; .* a constant step_size"),
+        ("loss_floor", ADAM, "an optimizer; leave it out"),
+        ("loss_floor", DECOUPLED, "momentum and decoupled decay; leave it out"),
+        ("slaved_residual", ADAM, "an optimizer; leave it out"),
+        ("slaved_deviation", DECOUPLED, "momentum and decoupled decay; leave it out"),
+        ("slaved_deviation", HeavyBallFlow(H, BETA, decay="decoupled"), "momentum and decoupled"),
+    ],
+)
+def test_formulas_are_not_offered_where_they_do_not_hold(name: str, dynamics: Any, message: str):
+    with pytest.raises(ValueError, match=rf"observables: {name} .* does not hold with {message}"):
+        scalar(name, (W1, W2), dynamics, gf.LabelNoise(S), gf.WeightDecay(DECAY))
+
+
+def test_flows_with_a_memory_have_no_formula_of_the_drift():
+    with pytest.raises(ValueError, match=r"no imbalance_drift for HeavyBallFlow; leave them out"):
+        scalar("imbalance_drift", (W1, W2), HeavyBallFlow(H, BETA))
+
+
+@pytest.mark.parametrize("name", ["loss_floor", "slaved_residual", "slaved_deviation"])
+def test_noise_inside_the_network_has_no_floor(name: str):
+    with pytest.raises(ValueError, match=r" covers noise on the data and the gradient, not Drop"):
+        scalar(name, (W1, W2), gf.GradientFlow(), Dropout(0.1))
+    with pytest.raises(ValueError, match=r"imbalance_drift covers .* not Dropout"):
+        scalar("imbalance_drift", (W1, W2), gf.GradientDescent(H), Dropout(0.1))
 
 
 def test_the_drift_of_momentum_is_not_offered():

@@ -3,9 +3,11 @@
 from typing import Any
 
 import numpy as np
+import optax
 import pytest
 
 import gradflow as gf
+import gradflow.schedule as schedules
 from gradflow.schedule import Schedule, schedule
 
 DESCENT = gf.GradientDescent(0.1)
@@ -85,6 +87,79 @@ def test_the_end_may_be_saved_when_it_is_not_a_whole_number_of_steps():
         assert made.marks.tolist() == [0, 2, last]
 
 
+def decaying(step: Any) -> Any:
+    """Step sizes 0.1, 0.1 / 2, 0.1 / 3, ...: flow time grows like their logarithm."""
+    return 0.1 / (1.0 + step)
+
+
+HARMONIC = np.append(0.0, np.cumsum(0.1 / np.arange(1, 30_001)))
+DECAYING = gf.GradientDescent(decaying)
+
+
+def nearest(times: Any) -> list[int]:
+    return [int(np.argmin(np.abs(HARMONIC - t))) for t in times]
+
+
+def test_flow_time_of_a_step_size_schedule_is_the_sum_of_the_steps():
+    made = plan(DECAYING, steps=10_000, save=[0.0, 0.3, 0.55, 0.9])
+    assert made.step is not None and made.step.tolist() == nearest([0.0, 0.3, 0.55, 0.9])
+    np.testing.assert_array_equal(made.marks, made.step)
+    np.testing.assert_allclose(made.time, HARMONIC[made.step], rtol=1e-13)
+
+
+def test_a_length_in_flow_time_ends_at_the_nearest_step():
+    made = plan(DECAYING, t1=1.0, save=2)
+    assert made.step is not None and made.step.tolist() == [0, *nearest([1.0])]
+    assert made.time[-1] == pytest.approx(1.0, abs=1e-5)
+    made = plan(DECAYING, t1=0.13, save=[0.13])  # between the steps at 0.1 and 0.15
+    assert made.marks.tolist() == [0, 2]
+    assert plan(DECAYING, t1=0.12, save=[0.12]).marks.tolist() == [0, 1]
+
+
+def test_points_of_a_step_size_schedule_are_evenly_spaced_in_flow_time():
+    made = plan(DECAYING, steps=20_000, save=5)
+    end = HARMONIC[20_000]
+    assert made.marks.tolist() == nearest(np.linspace(0.0, end, 5))
+    made = plan(DECAYING, steps=20_000, save=5, spacing="log")
+    assert made.marks.tolist() == nearest([0.0, *np.geomspace(0.1, end, 4)])
+    assert plan(DECAYING, steps=4, save=5).marks.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_constant_schedule_is_a_step_size():
+    constant = gf.GradientDescent(lambda step: 0.1)
+    for options in ({"steps": 40, "save": 5}, {"t1": 3.04, "save": 7}, {"t1": 2.0, "save": [1.0]}):
+        a, b = plan(constant, **options), plan(DESCENT, **options)
+        np.testing.assert_array_equal(a.marks, b.marks)
+        np.testing.assert_allclose(a.time, b.time, rtol=1e-13)
+
+
+def test_steps_of_a_second_order_flow_are_those_of_the_descent():
+    made = plan(gf.dynamics.HeavyBallFlow(0.1, 0.5), steps=20, save=5)
+    assert made.step is None
+    np.testing.assert_allclose(made.marks, [0.0, 0.5, 1.0, 1.5, 2.0], rtol=1e-14)
+
+
+def test_a_schedule_must_stay_above_zero_during_the_run():
+    vanishing = gf.GradientDescent(optax.linear_schedule(0.1, 0.0, 100))
+    assert plan(vanishing, steps=100, save=2).marks.tolist() == [0, 100]
+    with pytest.raises(ValueError, match=r"the schedule gives -?\d.* at step 100; it must be"):
+        plan(vanishing, steps=101)
+    with pytest.raises(ValueError, match=r"the schedule gives -?\d.* at step 100; it must be"):
+        plan(vanishing, t1=6.0)
+
+
+def test_a_schedule_that_does_not_get_there_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(schedules, "MOST_SCHEDULED", 10_000)
+    slow = gf.GradientDescent(optax.exponential_decay(0.1, 10, 0.999))
+    reached = 0.1 * (1 - 0.999**1000) / (1 - 0.999**0.1)
+    with pytest.raises(
+        ValueError, match=rf"t1=1e\+06: .* reached t = {reached:g} after 10000 steps"
+    ):
+        plan(slow, t1=1e6)
+    with pytest.raises(ValueError, match="at most 10000 steps can follow a step-size schedule"):
+        plan(slow, steps=10_001)
+
+
 @pytest.mark.parametrize(
     ("dynamics", "options", "message"),
     [
@@ -93,10 +168,14 @@ def test_the_end_may_be_saved_when_it_is_not_a_whole_number_of_steps():
         (DESCENT, {"t1": -1.0}, "t1 must be a finite flow time > 0; got -1.0"),
         (DESCENT, {"t1": float("nan")}, "t1 must be a finite flow time > 0; got nan"),
         (DESCENT, {"t1": 0.04}, "t1=0.04 is less than half of one step of size 0.1"),
+        (DECAYING, {"t1": 0.04}, "t1=0.04 is less than half of one step of size 0.1"),
+        (DECAYING, {"steps": 0}, "steps must be an integer >= 1; got 0"),
+        (DECAYING, {"t1": 0.3, "save": [0.5]}, "last time 0.5 lies beyond the end .* t = 0.3"),
         (DESCENT, {"steps": 0}, "steps must be an integer >= 1; got 0"),
         (DESCENT, {"steps": True}, "steps must be an integer >= 1; got True"),
         (DESCENT, {"steps": 2**31}, "steps=2147483648: at most 2147483647 steps"),
         (SDE, {"steps": 2**30}, "at most 536870911 steps"),
+        (gf.GradientDescent(0.1, path_substeps=4), {"steps": 2**30}, "at most 536870911 steps"),
         (FLOW, {"steps": 3}, "steps=3: GradientFlow has no step size; give .* t1"),
         (FLOW, {"t1": 1.0, "save": 1}, r"save=1: at least 2 points \(start and end\)"),
         (FLOW, {"t1": 1.0, "save": []}, "save: explicit times must be a non-empty list"),

@@ -139,14 +139,14 @@ def test_a_trajectory_tells_how_it_was_made():
     attrs = noisy_run().attrs
     assert attrs["depth"] == 2
     assert json.loads(attrs["widths"]) == [2, 3, 1]
-    assert json.loads(attrs["settings"]) == {
-        "dynamics": {"kind": "GradientDescent", "step_size": 0.1, "momentum": 0.3},
-        "regularizers": [
-            {"kind": "LabelNoise", "std": 0.1},
-            {"kind": "Minibatch", "batch_size": 2, "replacement": True, "reshuffled": False},
-            {"kind": "WeightDecay", "rate": 1 / 3},
-        ],
-    }
+    settings = json.loads(attrs["settings"])
+    given = {"kind": "GradientDescent", "step_size": 0.1, "momentum": 0.3}
+    assert given.items() <= settings["dynamics"].items()
+    assert settings["regularizers"] == [
+        {"kind": "LabelNoise", "std": 0.1},
+        {"kind": "Minibatch", "batch_size": 2, "replacement": True, "reshuffled": False},
+        {"kind": "WeightDecay", "rate": 1 / 3},
+    ]
     assert json.loads(attrs["key"]) == [0, 9]
     assert json.loads(attrs["observables"]) == NAMES
     assert attrs["status"] == "complete"

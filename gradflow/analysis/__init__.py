@@ -6,6 +6,8 @@ from gradflow.analysis.compare import (
     compare as compare,
     compare_trajectories as compare_trajectories,
 )
+from gradflow.analysis.order_results import OrderRow as OrderRow, Orders as Orders
+from gradflow.analysis.orders import orders as orders
 from gradflow.analysis.phases import Phases as Phases, phases as phases
 from gradflow.analysis.predict import Prediction as Prediction, predict as predict
 from gradflow.analysis.rates import Rate as Rate, decay_rate as decay_rate, drift as drift

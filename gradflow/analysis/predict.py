@@ -7,13 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradflow.data import Regression
+from gradflow.dynamics import (
+    SVAG,
+    ExactFlow,
+    GradientDescent,
+    GradientFlow,
+    StochasticFlow,
+)
 from gradflow.dynamics.base import AbstractDynamics
-from gradflow.dynamics.descent import GradientDescent
-from gradflow.dynamics.gradient_flow import GradientFlow
 from gradflow.geometry.curvature import minima_spectrum, smallest_positive
 from gradflow.geometry.imbalance import imbalance
 from gradflow.network import DeepLinear
-from gradflow.observables import BUILT_IN
+from gradflow.observables import BUILT_IN, check_plain, theory_options
 from gradflow.problem import Problem
 from gradflow.regularizers.base import AbstractLayerNoise
 from gradflow.simulate import simulate
@@ -82,9 +87,10 @@ def predict(
     - `problem`, `net`, `dynamics`: the run.
     - `eps`: relative distance to the floor at which the optimization phase ends.
 
-    **Raises:** `ValueError` for noise inside the network, or if noise-free training does not
-    converge to a minimum.
+    **Raises:** `ValueError` for noise inside the network, for a dynamics that theory does not
+    cover, or if noise-free training does not converge to a minimum.
     """
+    _check_covered(dynamics)
     inside = [type(r).__name__ for r in problem.regularizers if isinstance(r, AbstractLayerNoise)]
     if inside:
         raise ValueError(
@@ -111,8 +117,7 @@ def predict(
         residual = float(_evaluate("slaved_residual", limit, problem, dynamics))
         end = _crossing(path.time, path["gradient_at_output"], eps * residual)
 
-    momentum = isinstance(dynamics, GradientDescent) and dynamics.momentum is not None
-    if momentum:
+    if isinstance(dynamics, GradientDescent) and dynamics.momentum is not None:
         drift = decay = float("nan")
         reasons.append("the imbalance drift under momentum is not covered")
     else:
@@ -147,6 +152,25 @@ def _evaluate(name: str, net: DeepLinear, problem: Problem, dynamics: AbstractDy
     return BUILT_IN[name].evaluate(net, problem, dynamics)
 
 
+def _check_covered(dynamics: AbstractDynamics) -> None:
+    """Raise a `ValueError` for a dynamics of which theory predicts nothing here."""
+    covered = (GradientFlow, ExactFlow, GradientDescent, SVAG, StochasticFlow)
+    if not isinstance(dynamics, covered):
+        names = ", ".join(kind.__name__ for kind in covered)
+        raise ValueError(
+            f"dynamics: predictions cover {names}; got {type(dynamics).__name__}. Predict for "
+            "GradientDescent of the same step size instead."
+        )
+    check_plain(dynamics, "a prediction", heavy_ball=True)
+
+
+def _training(dynamics: AbstractDynamics) -> GradientDescent | None:
+    """The training step by step that a dynamics is without noise; None for a flow."""
+    if isinstance(dynamics, SVAG):
+        return GradientDescent(dynamics.step_size / dynamics.amplification)
+    return dynamics if isinstance(dynamics, GradientDescent) else None
+
+
 def _output_gradient_norm(net: DeepLinear, problem: Problem):
     """$|M|$, the norm of the end-to-end gradient."""
     return jnp.linalg.norm(net.end_to_end @ problem.data.sxx - problem.data.syx)
@@ -158,7 +182,7 @@ def _noise_free(clean: Problem, net: DeepLinear, dynamics: AbstractDynamics) -> 
         "excess_loss": None,
         "gradient_at_output": _output_gradient_norm,
     }
-    mover = dynamics if isinstance(dynamics, GradientDescent) else GradientFlow(1e-10, 1e-12)
+    mover = _training(dynamics) or GradientFlow(1e-10, 1e-12)
     h = 0.0 if mover.step_size is None else float(mover.step_size)
     slowest = float(smallest_positive(_spectrum(net, clean.data.sxx)))
     length = FIRST_LENGTH / max(slowest, 1e-12)
@@ -190,14 +214,15 @@ def _noise_free(clean: Problem, net: DeepLinear, dynamics: AbstractDynamics) -> 
 def _optimization_rate(spectrum: np.ndarray, dynamics: AbstractDynamics) -> float:
     """Slowest decay rate of the residual at a minimum with this Hessian spectrum."""
     slowest = float(smallest_positive(jnp.asarray(spectrum)))
-    if not isinstance(dynamics, GradientDescent):
+    training = _training(dynamics)
+    if training is None:
         return slowest
-    h = float(dynamics.step_size)
+    h = float(training.step_size)
     modes = spectrum[spectrum >= slowest]
-    if dynamics.momentum is None:
+    if training.momentum is None:
         factors = np.abs(1.0 - h * modes)
     else:
-        beta = float(dynamics.momentum)
+        beta = float(training.momentum)
         companions = np.array([[[1 + beta - h * m, -beta], [1.0, 0.0]] for m in modes])
         factors = np.abs(np.linalg.eigvals(companions)).max(axis=1)
     with np.errstate(divide="ignore"):
@@ -221,15 +246,18 @@ def _drift_at(
     problem: Problem, limit: DeepLinear, dynamics: AbstractDynamics, random: bool
 ) -> float:
     """Expected $dD/dt$ in the regularization phase at a minimum."""
-    discrete = isinstance(dynamics, GradientDescent)
-    h = dynamics.step_size if (random or discrete) else 0.0
-    extra = None
-    if random and discrete:
-        root = problem.noisy_root
-        widen = jnp.kron(jnp.eye(problem.data.d_out), root)
-        fluctuation = stationary_covariance(problem, limit.weights, h, discrete)
-        extra = widen @ fluctuation @ widen
-    return float(_imbalance_drift(problem, limit.weights, h, discrete, extra))
+    if isinstance(dynamics, GradientFlow | ExactFlow):
+        return float(_imbalance_drift(problem, limit.weights, 0.0, discrete=False))
+    options = theory_options(dynamics)
+    h, extra = dynamics.step_size, None
+    sees_mean = options["discrete"] or options.get("order") == 2
+    if random and sees_mean:
+        widen = jnp.kron(jnp.eye(problem.data.d_out), problem.noisy_root)
+        fluctuation = stationary_covariance(problem, limit.weights, h, **options)
+        extra = widen @ fluctuation @ widen / options.get("amplification", 1)
+    elif not random and not options["discrete"]:
+        h = 0.0 if options["order"] == 1 else h
+    return float(_imbalance_drift(problem, limit.weights, h, extra=extra, **options))
 
 
 def _decay_rate(drift: float, start: float, dynamics: AbstractDynamics) -> float:
@@ -237,7 +265,7 @@ def _decay_rate(drift: float, start: float, dynamics: AbstractDynamics) -> float
     if start == 0.0:
         return float("nan")
     relative = drift / start
-    if isinstance(dynamics, GradientDescent):
-        h = float(dynamics.step_size)
+    if (training := _training(dynamics)) is not None:
+        h = float(training.step_size)
         return float(-np.log1p(h * relative) / h) if h * relative > -1.0 else float("nan")
     return -relative

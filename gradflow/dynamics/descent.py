@@ -1,11 +1,14 @@
 """Gradient descent and stochastic gradient descent."""
 
-from typing import Any
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Int, UInt32
+from jaxtyping import Array, ArrayLike, Float, Int, UInt32
 
 from gradflow.dynamics.base import (
     AbstractDynamics,
@@ -22,33 +25,93 @@ from gradflow.regularizers.base import as_parameter
 from gradflow.streams import Stream
 from gradflow.types import Scalar, Weights
 
+Decay = Literal["coupled", "decoupled"]
+
 
 class GradientDescent(AbstractDynamics):
     r"""Discrete training: GD on a problem without noise, SGD on a problem with noise.
 
-    $$v_{k+1} = \beta v_k - h\, \tilde g(W_k), \qquad W_{k+1} = W_k + v_{k+1}, \qquad t = k h,$$
+    $$v_{k+1} = \beta v_k - h_k\, \tilde g(W_k), \qquad W_{k+1} = W_k + v_{k+1}, \qquad
+      t_k = \sum_{j<k} h_j,$$
 
     where $\tilde g$ is the exact stochastic gradient of one draw of all regularizers (penalties
-    included) and $v_0 = 0$.
+    included). With `nesterov=True` the second line is $W_{k+1} = W_k + \beta v_{k+1}
+    - h_k \tilde g(W_k)$: Nesterov's method in the variables of its look-ahead point (Bengio et al.
+    2013; PyTorch's `SGD(nesterov=True)` with $v = -h b$), which equals the form of
+    Sutskever et al. 2013 up to that change of variables. With anticorrelated weight noise
+    (Orvieto et al. 2022) $\xi_{k+1} - \xi_k$ is added to $W_{k+1}$, $\xi_0 = 0$.
 
     **Arguments:**
 
-    - `step_size`: $h > 0$, flow time per step.
-    - `momentum`: heavy-ball $\beta$ in $[0, 1)$.
+    - `step_size`: $h > 0$, flow time per step; or a schedule: a function of the step number that
+        gives $h_k > 0$, as `optax` makes them. It must be traceable (`jnp.where` instead of `if`).
+    - `momentum`: $\beta$ in $[0, 1)$; heavy ball unless `nesterov`.
+    - `nesterov`: look ahead; needs `momentum` > 0.
+    - `decay`: "coupled" adds the gradient of the penalties to the gradient; "decoupled" keeps it
+        out of the velocity and the optimizer and subtracts $h_k$ times it from the weights
+        (Loshchilov and Hutter 2019): $W_{k+1} = (1 - h_k \lambda) W_k + v_{k+1}$ for weight decay.
+    - `optimizer`: a function that makes an optax gradient transformation from a learning rate,
+        such as `optax.adam`; it is given $h$ or the schedule. Or a gradient transformation, used
+        as it is: `step_size` then only defines flow time (and decoupled decay).
+    - `velocity`: $v_0$ in weight units per step, one `(d_i, d_{i-1})` array a layer; default 0.
+    - `path_substeps`: if larger than 1, the Gaussian noise of step $k$ is the normalised sum of the
+        normals of the `path_substeps` grid steps inside it. The distribution is the same, and with
+        the same key the noise follows the Brownian path of `StochasticFlow` with as many substeps.
+
+    **Raises:** `ValueError` or `TypeError` naming the argument that makes no sense.
     """
 
     step_size: Scalar
     momentum: Scalar | None
+    nesterov: bool = eqx.field(static=True)
+    decay: Decay = eqx.field(static=True)
+    optimizer: Any
+    velocity: Weights | None
+    path_substeps: int = eqx.field(static=True)
+    schedule: Callable[[Any], Any] | None
 
-    def __init__(self, step_size: ArrayLike, momentum: ArrayLike = 0.0):
-        self.step_size = as_parameter(step_size)
-        h = float(self.step_size)
-        if not (0.0 < h < float("inf")):
-            raise ValueError(f"GradientDescent.step_size must be a finite number > 0; got {h}.")
-        beta = float(as_parameter(momentum))
-        if not (0.0 <= beta < 1.0):
-            raise ValueError(f"GradientDescent.momentum must lie in [0, 1); got {beta}.")
-        self.momentum = as_parameter(beta) if beta > 0.0 else None
+    def __init__(
+        self,
+        step_size: ArrayLike | Callable[[Any], Any],
+        momentum: ArrayLike = 0.0,
+        *,
+        nesterov: bool = False,
+        decay: Decay | str = "coupled",
+        optimizer: Any = None,
+        velocity: Sequence[Any] | None = None,
+        path_substeps: int = 1,
+    ):
+        self.schedule = step_size if callable(step_size) else None
+        self.step_size = (
+            _first_step_size(step_size)
+            if callable(step_size)
+            else checked_step_size("GradientDescent", step_size)
+        )
+        beta = checked_momentum("GradientDescent", momentum)
+        self.momentum = beta if float(beta) > 0.0 else None
+        self.decay = checked_decay("GradientDescent", decay)
+        self.velocity = checked_velocity("GradientDescent", velocity)
+        self.path_substeps = checked_count("GradientDescent.path_substeps", path_substeps)
+        self.nesterov = bool(nesterov)
+        self.optimizer = _as_optimizer(optimizer)
+        for name, given in (("nesterov", self.nesterov), ("velocity", velocity is not None)):
+            if given and self.momentum is None:
+                raise ValueError(
+                    f"GradientDescent.{name} needs momentum > 0; without it no step remembers the "
+                    "last one."
+                )
+        if self.optimizer is not None:
+            if self.momentum is not None:
+                raise ValueError(
+                    f"GradientDescent.momentum={float(beta):g}: an optimizer brings its own "
+                    "momentum; set it there, as in functools.partial(optax.sgd, momentum=0.9)."
+                )
+            made = self._transformation()
+            if not _is_transformation(made):
+                raise TypeError(
+                    "GradientDescent.optimizer must make an optax gradient transformation from a "
+                    f"learning rate, as optax.adam does; it made {type(made).__name__}."
+                )
 
     @property
     def ticks_per_step(self) -> int:
@@ -60,25 +123,34 @@ class GradientDescent(AbstractDynamics):
         return problem.is_stochastic
 
     def check(self, problem: Problem, weights: Weights) -> None:
-        """Nothing to check beforehand: an unstable step size shows as diverged replicas."""
+        """Raise if the velocity or the shared Brownian path does not fit.
+
+        An unstable step size is no error: it shows as diverged replicas.
+        """
+        check_velocity("GradientDescent", self.velocity, weights)
+        if self.path_substeps > 1:
+            check_gaussian("GradientDescent.path_substeps", self.path_substeps, problem)
 
     def init(self, problem: Problem, weights: Weights, block: int) -> State:
-        """Start at rest."""
+        """Start with the velocity asked for and a fresh optimizer."""
         paths = weights[0].shape[-1]
-        shapes = self.noise_shapes(problem, widths_of(weights))
-        velocity = () if self.momentum is None else tuple(jnp.zeros_like(w) for w in weights)
-        return State(
-            weights, velocity, empty_noise(shapes, block, paths), divergence_limit(weights)
-        )
+        noise = empty_noise(self.noise_shapes(problem, widths_of(weights)), block, paths)
+        step_sizes = None if self.schedule is None else jnp.zeros((block,), self.step_size.dtype)
+        velocity = None
+        if self.momentum is not None:
+            velocity = over_all_paths(self.velocity, weights)
+        optimizer = None
+        if self.optimizer is not None:
+            fresh = over_paths(self._transformation().init)(weights)
+            # Some optimizers remember the weights; the run gives both buffers away.
+            optimizer = jax.tree.map(jnp.copy, fresh)
+        shift = over_all_paths(None, weights) if problem.has_weight_shift else None
+        memory = _Memory(velocity, optimizer, shift)
+        return State(weights, memory, (noise, step_sizes), divergence_limit(weights))
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """What one draw of the problem's regularizers takes."""
-        one = jax.ShapeDtypeStruct((1,), jnp.uint32)
-        key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-        drawn = eqx.filter_eval_shape(
-            lambda k, s, p: problem.draw(Stream(k, s, p), widths), key, one, one
-        )
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:-1], leaf.dtype), drawn)
+        return shapes_of_one(lambda stream: problem.draw(stream, widths))
 
     def advance(
         self,
@@ -93,31 +165,259 @@ class GradientDescent(AbstractDynamics):
         """Take the steps `start` to `stop` (excluded) of every path."""
         widths = widths_of(state.weights)
 
-        def draw(first_step: Array) -> Any:
-            return problem.draw(Stream(key, first_step + jnp.arange(block), paths), widths)
-
-        def step(weights: Weights, velocity: Any, limit: Scalar, noise: Any) -> tuple[Weights, Any]:
-            gradient = problem.sampled_gradient(weights, noise)
-            if self.momentum is None:
-                moved = tuple(
-                    w - self.step_size * g for w, g in zip(weights, gradient, strict=True)
-                )
-                return bury(moved, limit), ()
-            velocity = tuple(
-                self.momentum * v - self.step_size * g
-                for v, g in zip(velocity, gradient, strict=True)
-            )
-            moved = tuple(w + v for w, v in zip(weights, velocity, strict=True))
-            return bury(moved, limit), velocity
+        def draw(first_step: Array) -> tuple[Any, Any]:
+            steps = first_step + jnp.arange(block)
+            noise = drawn_on_grid(problem, Stream(key, steps, paths), widths, self.path_substeps)
+            if self.schedule is None:
+                return noise, None
+            return noise, scheduled_step_sizes(self.schedule, steps)
 
         def run(state: State, first: Array, last: Array) -> State:
             def one(j: Array, carry: tuple[Weights, Any]) -> tuple[Weights, Any]:
-                noise = jax.tree.map(
-                    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, j, keepdims=False), state.noise
-                )
+                noise, scheduled = at_step(state.noise, j)
+                h = self.step_size if scheduled is None else scheduled
+
+                def step(
+                    weights: Weights, memory: _Memory, limit: Scalar, noise: Any
+                ) -> tuple[Weights, _Memory]:
+                    return self._step(problem, weights, memory, limit, noise, h)
+
                 return over_paths(step)(*carry, state.limit, noise)
 
-            weights, velocity = jax.lax.fori_loop(first, last, one, (state.weights, state.memory))
-            return State(weights, velocity, state.noise, state.limit)
+            weights, memory = jax.lax.fori_loop(first, last, one, (state.weights, state.memory))
+            return State(weights, memory, state.noise, state.limit)
 
         return advance_in_blocks(state, start, stop, block, draw, run)
+
+    def _step(
+        self,
+        problem: Problem,
+        weights: Weights,
+        memory: "_Memory",
+        limit: Scalar,
+        noise: Any,
+        h: Scalar,
+    ) -> tuple[Weights, "_Memory"]:
+        """One step of one path."""
+        coupled = self.decay == "coupled"
+        gradient = problem.sampled_gradient(weights, noise, coupled)
+        velocity, optimizer, shift = memory.velocity, memory.optimizer, memory.shift
+        if self.optimizer is not None:
+            update, optimizer = self._transformation().update(gradient, optimizer, weights)
+            moved = added(weights, update)
+        elif self.momentum is None or velocity is None:
+            moved = minus_scaled(weights, h, gradient)
+        else:
+            beta = self.momentum
+            velocity = tuple(beta * v - h * g for v, g in zip(velocity, gradient, strict=True))
+            if self.nesterov:
+                ahead = minus_scaled(tuple(beta * v for v in velocity), h, gradient)
+                moved = added(weights, ahead)
+            else:
+                moved = added(weights, velocity)
+        if not coupled:
+            moved = minus_scaled(moved, h, penalty_gradient(problem, weights))
+        if shift is not None:
+            following = problem.weight_shift(weights, noise)
+            moved = tuple(w + (b - a) for w, a, b in zip(moved, shift, following, strict=True))
+            shift = following
+        return bury(moved, limit), _Memory(velocity, optimizer, shift)
+
+    def _transformation(self) -> Any:
+        """The optax gradient transformation."""
+        if _is_transformation(self.optimizer):
+            return self.optimizer
+        return self.optimizer(self.step_size if self.schedule is None else self.schedule)
+
+
+class _Memory(eqx.Module):
+    r"""What discrete training remembers of a path; None for what it does not need.
+
+    - `velocity`: $v_k$. `optimizer`: the state of the optimizer.
+    - `shift`: the anticorrelated noise $\xi_k$ that the weights hold.
+    """
+
+    velocity: Weights | None
+    optimizer: Any
+    shift: Weights | None
+
+
+# Noise
+
+
+def shapes_of_one(draw: Callable[[Stream], Any]) -> Any:
+    """Shapes of the random numbers that a draw takes for one step of one path."""
+    one = jax.ShapeDtypeStruct((1,), jnp.uint32)
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    drawn = eqx.filter_eval_shape(lambda k, s, p: draw(Stream(k, s, p)), key, one, one)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:-1], leaf.dtype), drawn)
+
+
+def at_step(noise: Any, step: Array) -> Any:
+    """The entries of one step of a block."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, step, keepdims=False), noise
+    )
+
+
+def drawn_on_grid(problem: Problem, stream: Stream, widths: tuple[int, ...], fineness: int) -> Any:
+    r"""The draws of steps that are `fineness` $= s$ steps of a finer grid each.
+
+    $$\zeta_k = s^{-1/2} \sum_{j=0}^{s-1} \zeta^{\mathrm{fine}}_{k s + j},$$
+
+    the increments of one Brownian path seen on two grids. The draws must be normals.
+    """
+    if fineness == 1:
+        return problem.draw(stream, widths)
+    firsts = stream.steps * jnp.uint32(fineness)
+
+    def fine(j: Array) -> Any:
+        return problem.draw(stream.at_steps(firsts + j.astype(jnp.uint32)), widths)
+
+    def add(j: Array, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, fine(j))
+
+    total = jax.lax.fori_loop(1, fineness, add, fine(jnp.zeros((), jnp.uint32)))
+    return jax.tree.map(lambda leaf: leaf / math.sqrt(fineness), total)
+
+
+def check_gaussian(field: str, value: int, problem: Problem) -> None:
+    """Raise unless the noise of SGD on the problem is Gaussian, so that a Brownian path drives it.
+
+    **Raises:** `ValueError` naming the regularizers that are not.
+    """
+    if not problem.is_gaussian:
+        names = [type(r).__name__ for r in problem.regularizers if r.is_stochastic]
+        raise ValueError(
+            f"{field}={value}: a Brownian path drives SGD only where its noise is exactly Gaussian "
+            "(LabelNoise on the full batch, GradientNoise), not with "
+            f"{' and '.join(names)}; leave it out."
+        )
+
+
+# Layers
+
+
+def added(weights: Weights, update: Weights) -> Weights:
+    """$W_i + U_i$."""
+    return tuple(w + u for w, u in zip(weights, update, strict=True))
+
+
+def minus_scaled(weights: Weights, h: Scalar, gradient: Weights) -> Weights:
+    """$W_i - h g_i$."""
+    return tuple(w - h * g for w, g in zip(weights, gradient, strict=True))
+
+
+def penalty_gradient(problem: Problem, weights: Weights) -> Weights:
+    """The gradient of all penalties together; zeros if there are none."""
+    return problem.add_penalties(tuple(jnp.zeros_like(w) for w in weights), weights)
+
+
+def over_all_paths(layers: Weights | None, weights: Weights) -> Weights:
+    """One array a layer, repeated for every path of an ensemble; None for zeros."""
+    if layers is None:
+        return tuple(jnp.zeros_like(w) for w in weights)
+    return tuple(
+        jnp.broadcast_to(v[..., None], w.shape).astype(w.dtype)
+        for v, w in zip(layers, weights, strict=True)
+    )
+
+
+# Settings
+
+
+def checked_step_size(owner: str, value: ArrayLike) -> Scalar:
+    """A step size as an array. **Raises:** `ValueError` unless it is finite and > 0."""
+    step_size = as_parameter(value)
+    h = float(step_size)
+    if not (0.0 < h < float("inf")):
+        raise ValueError(f"{owner}.step_size must be a finite number > 0; got {h}.")
+    return step_size
+
+
+def checked_momentum(owner: str, value: ArrayLike) -> Scalar:
+    """A momentum as an array. **Raises:** `ValueError` unless it lies in [0, 1)."""
+    momentum = as_parameter(value)
+    beta = float(momentum)
+    if not (0.0 <= beta < 1.0):
+        raise ValueError(f"{owner}.momentum must lie in [0, 1); got {beta}.")
+    return momentum
+
+
+def checked_decay(owner: str, value: Any) -> Decay:
+    """How penalties act. **Raises:** `ValueError` for anything but the two words."""
+    if value not in ("coupled", "decoupled"):
+        raise ValueError(f"{owner}.decay must be 'coupled' or 'decoupled'; got {value!r}.")
+    return value
+
+
+def checked_count(field: str, value: Any) -> int:
+    """A whole number. **Raises:** `ValueError` unless it is an integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field} must be an integer >= 1; got {value!r}.")
+    return value
+
+
+def checked_velocity(owner: str, velocity: Sequence[Any] | None) -> Weights | None:
+    """A velocity as arrays. **Raises:** `ValueError` unless it is one finite matrix a layer."""
+    if velocity is None:
+        return None
+    try:
+        layers = tuple(jnp.asarray(v, jnp.result_type(float)) for v in velocity)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{owner}.velocity must be a list with one array a layer.") from error
+    for i, layer in enumerate(layers, start=1):
+        if layer.ndim != 2 or not bool(jnp.all(jnp.isfinite(layer))):
+            raise ValueError(
+                f"{owner}.velocity: entry {i} must be a matrix of finite numbers, shaped like "
+                f"layer {i} of the network; got shape {layer.shape}."
+            )
+    return layers
+
+
+def check_velocity(owner: str, velocity: Weights | None, weights: Weights) -> None:
+    """Raise a `ValueError` if the shapes of a velocity are not those of the layers."""
+    if velocity is None:
+        return
+    given, needed = [v.shape for v in velocity], [w.shape[:-1] for w in weights]
+    if given != needed:
+        raise ValueError(
+            f"{owner}.velocity has layers of shapes {given}, but the network has {needed}; give "
+            "one array a layer, first layer first."
+        )
+
+
+@eqx.filter_jit
+def scheduled_step_sizes(
+    schedule: Callable[[Any], Any], steps: Int[Array, " steps"]
+) -> Float[Array, " steps"]:
+    """The step sizes $h_k$ of a schedule at the given steps."""
+    return jax.vmap(lambda k: jnp.asarray(schedule(k), jnp.result_type(float)).reshape(()))(steps)
+
+
+def _first_step_size(schedule: Callable[[Any], Any]) -> Scalar:
+    try:
+        (first,) = scheduled_step_sizes(schedule, jnp.zeros((1,), jnp.int32))
+    except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
+        raise TypeError(
+            "GradientDescent.step_size: a schedule must be a function of the step number that "
+            "gives one number and can be traced by JAX (jnp.where instead of if); calling it "
+            f"failed with {type(error).__name__}."
+        ) from error
+    return checked_step_size("GradientDescent", first)
+
+
+def _is_transformation(value: Any) -> bool:
+    return hasattr(value, "init") and hasattr(value, "update")
+
+
+def _as_optimizer(optimizer: Any) -> Any:
+    if isinstance(optimizer, functools.partial):
+        # Two partials of equal contents are the same program to this one, not to functools'.
+        return eqx.Partial(optimizer.func, *optimizer.args, **optimizer.keywords)
+    if optimizer is None or _is_transformation(optimizer) or callable(optimizer):
+        return optimizer
+    raise TypeError(
+        "GradientDescent.optimizer must be a function of the learning rate such as optax.adam, or "
+        f"an optax gradient transformation such as optax.adam(0.1); got {optimizer!r}."
+    )

@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Float
 from gradflow.dynamics.base import over_paths
 from gradflow.problem import Problem
 from gradflow.regularizers.base import as_parameter
+from gradflow.solvers.gauss_legendre import GaussLegendre
 from gradflow.solvers.resumable import ResumableController
 from gradflow.types import Scalar
 
@@ -36,20 +37,30 @@ def checked_tolerances(owner: str, rtol: ArrayLike, atol: ArrayLike) -> tuple[Sc
 
 
 def chosen_solver(
-    owner: str, solver: diffrax.AbstractSolver | None, stiff: bool
+    owner: str,
+    solver: diffrax.AbstractSolver | None,
+    stiff: bool,
+    conservative: bool = False,
 ) -> diffrax.AbstractAdaptiveSolver:
-    """The solver asked for, or the explicit or implicit default.
+    """The solver asked for, or the explicit, implicit or conservative default.
 
-    **Raises:** `ValueError` if both a solver and `stiff` are given, `TypeError` for a solver
-    without an error estimate.
+    **Raises:** `ValueError` if more than one of a solver, `stiff` and `conservative` is given,
+    `TypeError` for a solver without an error estimate.
     """
+    if conservative and (stiff or solver is not None):
+        other = "stiff=True" if solver is None else f"solver={type(solver).__name__}"
+        raise ValueError(
+            f"{owner}.conservative=True chooses the solver GaussLegendre(order=6), but {other} was "
+            "given; set only one of the two."
+        )
     if solver is not None and stiff:
         raise ValueError(
             f"{owner}.stiff=True chooses the implicit default solver, but solver="
             f"{type(solver).__name__} was given; set only one of the two."
         )
     if solver is None:
-        solver = diffrax.Kvaerno5() if stiff else diffrax.Dopri8()
+        implicit = diffrax.Kvaerno5() if stiff else diffrax.Dopri8()
+        solver = GaussLegendre(order=6) if conservative else implicit
     if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
         raise TypeError(
             f"{owner}.solver must be a diffrax solver with an error estimate, such as "
@@ -99,6 +110,10 @@ def integrate(
         good = solution.result == diffrax.RESULTS.successful
         return jax.tree.map(lambda y: jnp.where(good, y[0], jnp.nan), solution.ys), planned
 
+    if first_steps.shape[0] == 1:
+        # A batch of one would still copy the state of every loop at each of its rounds.
+        ended, planned = solve(jax.tree.map(lambda y: y[..., 0], states), first_steps[0])
+        return jax.tree.map(lambda y: y[..., None], ended), planned[None]
     return over_paths(solve)(states, first_steps)
 
 

@@ -1,7 +1,7 @@
-"""The stochastic modified equation of SGD."""
+"""The stochastic modified equations of SGD."""
 
 import warnings
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import diffrax
 import equinox as eqx
@@ -15,61 +15,115 @@ from gradflow.dynamics.base import (
     advance_in_blocks,
     divergence_limit,
     empty_noise,
-    is_alive,
-    over_paths,
+    widths_of,
 )
-from gradflow.geometry.curvature import hessian_trace
-from gradflow.loss import pull_back
-from gradflow.network import DeepLinear, end_to_end
+from gradflow.dynamics.descent import (
+    checked_count,
+    checked_step_size,
+    penalty_gradient,
+    shapes_of_one,
+)
+from gradflow.dynamics.modified_flow import is_reshuffled
+from gradflow.dynamics.sde_terms import (
+    ClosedNoiseTerm,
+    SampledNoiseTerm,
+    StochasticGradientTerm,
+    drift_term,
+)
+from gradflow.network import left_products, right_products
 from gradflow.problem import Problem
-from gradflow.regularizers.base import as_parameter
 from gradflow.solvers.grid_path import GridBrownianPath
+from gradflow.solvers.small_noise import SmallNoise
 from gradflow.streams import Stream
-from gradflow.types import EndToEnd, Scalar, Weights
+from gradflow.types import Scalar, Weights
 
 COARSEST = 0.5
-"""Largest integration step over step size at which the integration error stays below the O(h)
+"""Largest integration step over step size at which the integration error stays below the
 difference between SGD and its SDE."""
+
+LEVY_STREAMS = (0x1E71, 0x1E72)
+"""Substreams of the normals behind the Levy areas; regularizers have small numbers."""
+
+Diffusion = Literal["auto", "closed", "sampled"]
 
 
 class CoarseIntegrationWarning(UserWarning):
-    """The integration step is too coarse for the order that the dynamics claims."""
+    """The integration is too coarse for the order that the dynamics claims."""
+
+
+class SampledDiffusionWarning(UserWarning):
+    """The increments are centred sampled gradients, for lack of a closed diffusion factor."""
 
 
 class StochasticFlow(AbstractDynamics):
-    r"""The Ito SDE $dW = -\nabla \bar L\, dt + \sqrt h\, \Sigma(W)^{1/2} dB$ of SGD with step $h$.
+    r"""The Ito SDE of SGD with step $h$: a stochastic modified equation.
 
-    $\Sigma$ is the covariance of the problem's stochastic gradient (penalties and batch included),
-    taken through its low-rank factor: `(d_N, d_0)` normals for noise on labels. Integrated with
-    diffrax (Euler-Maruyama, an Ito solver; the noise depends on the state and does not commute) on
-    a grid Brownian path, one solve over the whole ensemble. It is a weak approximation of order 1
-    to SGD at $t = k h$ (Li, Tai, E 2017).
+    $$dW = -\nabla \left( \bar L + \tfrac h4 |\nabla \bar L|^2 \right) dt
+      + \sqrt h\, \Sigma(W)^{1/2} dB,$$
+
+    without the second term of the drift at order 1. $\Sigma$ is the covariance of the problem's
+    stochastic gradient, the batch included, taken through its low-rank factor: `(d_N, d_0)` normals
+    for noise on labels. At $t = k h$ the equation agrees with SGD weakly to the given order in $h$
+    (Li, Tai, E 2019). At order 2 its generator on $G_i$ is the expected change of $G_i$ in a step
+    of SGD, over $h$, exactly (with weight decay $\lambda$ up to $2 h \lambda^2 G_i$).
+
+    Integrated on a grid Brownian path of `substeps` steps $\Delta = h / s$ in $h$, one solve over
+    the whole ensemble. Order 1 uses the Euler-Maruyama method, whose weak error is $O(\Delta)$;
+    order 2 uses `SmallNoise`, whose weak error is $O(\Delta^2 + h^2 \Delta)$, so that neither
+    spoils the order with a fixed number of substeps.
+
+    *Sampled increments.* Noise inside the network has no closed factor. Then each grid step takes a
+    fresh draw, and $\sqrt{h \Delta}\,(\tilde g - \nabla \bar L)$ stands for the Gaussian increment:
+    its mean and covariance are exact, and its third moment, $(h \Delta)^{3/2}$ times that of
+    $\tilde g$, changes weak averages by $O((h \Delta)^{3/2})$ a step, $O(h^2 s^{-1/2})$ at a fixed
+    time. This keeps order 1, and order 2: SGD itself differs from its SDE by that much.
+
+    Anticorrelated weight noise stays in the weights of discrete training for one step; the equation
+    describes the weights without it.
+
+    *Solvers.* With a Stratonovich solver of diffrax the drift loses
+    $\tfrac h2 \sum_c D b_c[b_c]$, $b_c$ the columns of the factor, which makes it the same
+    equation. Columns are formed one by one: it costs as many derivatives as there are normals.
 
     **Arguments:**
 
     - `step_size`: $h > 0$ of the SGD it describes; sets the strength of the noise.
-    - `order`: weak order of the approximation; 1.
+    - `order`: weak order of the approximation, 1 or 2.
     - `substeps`: integration steps per $h$; the integration step is `step_size / substeps`.
+    - `solver`: a diffrax solver for Ito or Stratonovich equations with general noise, such as
+        `diffrax.Heun()` or `diffrax.SPaRK()`, stepped at a constant size; default as above.
+    - `diffusion`: "closed" for the closed factor, "sampled" for sampled increments, "auto" for the
+        factor where there is one and otherwise, with a warning, sampled increments.
+
+    **Raises:** `ValueError` or `TypeError` naming the argument that makes no sense.
     """
 
     step_size: Scalar
     order: int = eqx.field(static=True)
     substeps: int = eqx.field(static=True)
+    solver: diffrax.AbstractSolver | None
+    diffusion: Diffusion = eqx.field(static=True)
 
-    def __init__(self, step_size: ArrayLike, order: int = 1, substeps: int = 8):
-        self.step_size = as_parameter(step_size)
-        h = float(self.step_size)
-        if not (0.0 < h < float("inf")):
-            raise ValueError(f"StochasticFlow.step_size must be a finite number > 0; got {h}.")
-        if order != 1:
+    def __init__(
+        self,
+        step_size: ArrayLike,
+        order: int = 1,
+        substeps: int = 8,
+        solver: diffrax.AbstractSolver | None = None,
+        diffusion: str = "auto",
+    ):
+        self.step_size = checked_step_size("StochasticFlow", step_size)
+        if order not in (1, 2) or isinstance(order, bool):
+            raise ValueError(f"StochasticFlow.order must be 1 or 2; got {order!r}.")
+        self.order = int(order)
+        self.substeps = checked_count("StochasticFlow.substeps", substeps)
+        self.solver = _checked_solver(solver)
+        if diffusion not in ("auto", "closed", "sampled"):
             raise ValueError(
-                f"StochasticFlow.order={order!r} is not available: the drift of the order-2 "
-                "equation, -grad(L + (h/4)|grad L|^2), is missing; use order=1."
+                "StochasticFlow.diffusion must be 'auto', 'closed' or 'sampled'; got "
+                f"{diffusion!r}."
             )
-        if not isinstance(substeps, int) or substeps < 1:
-            raise ValueError(f"StochasticFlow.substeps must be an integer >= 1; got {substeps!r}.")
-        self.order = order
-        self.substeps = substeps
+        self.diffusion = cast(Diffusion, diffusion)
 
     @property
     def ticks_per_step(self) -> int:
@@ -81,44 +135,38 @@ class StochasticFlow(AbstractDynamics):
         return problem.is_stochastic
 
     def check(self, problem: Problem, weights: Weights) -> None:
-        r"""Warn about an integration step that is too coarse for the claimed order.
+        r"""Raise where white noise does not describe the problem, warn of what loses accuracy.
 
-        Euler-Maruyama with step $\Delta$ has a weak error $O(\Delta)$ and the equation differs from
-        SGD by $O(h)$: $\Delta \le h/2$ keeps the first below the second, and
-        $\Delta\, \mathrm{tr} H < 1$ at the start keeps it stable.
+        The integration must be finer than the approximation, $\Delta \le h/2$, and stable, $\Delta$
+        times the curvature at the start below 1.
         """
+        _check_white(problem)
+        self._check_diffusion(problem)
+        if self.is_random(problem) and self._has_lost_order():
+            return
         dt = float(self.step_size) / self.substeps
-        trace = max(
-            float(hessian_trace(DeepLinear([w[..., p] for w in weights]), problem.data))
+        curvature = max(
+            float(_curvature_bound(problem, tuple(w[..., p] for w in weights)))
             for p in range(min(weights[0].shape[-1], 8))
         )
-        if self.is_random(problem) and 1.0 / self.substeps > COARSEST:
-            warnings.warn(
-                f"StochasticFlow.substeps={self.substeps}: integrating with steps of h = {dt:g} "
-                "makes an error as large as the difference between SGD and its SDE, so order 1 "
-                "cannot be seen; use substeps >= 2 (8 by default).",
-                CoarseIntegrationWarning,
-                stacklevel=3,
-            )
-        elif dt * trace > 1.0:
+        if dt * curvature > 1.0:
             warnings.warn(
                 f"StochasticFlow.substeps={self.substeps}: the integration step {dt:g} times the "
-                f"Hessian trace {trace:.3g} at the start exceeds 1, where Euler-Maruyama is "
-                f"inaccurate; use substeps >= {int(self.substeps * dt * trace) + 1}.",
+                f"Hessian trace {curvature:.3g} at the start exceeds 1, where explicit steps are "
+                f"inaccurate; use substeps >= {int(self.substeps * dt * curvature) + 1}.",
                 CoarseIntegrationWarning,
                 stacklevel=3,
             )
 
     def init(self, problem: Problem, weights: Weights, block: int) -> State:
         """Start at `weights`."""
-        shapes = self.noise_shapes(problem, ())
+        shapes = self.noise_shapes(problem, widths_of(weights))
         noise = empty_noise(shapes, block, weights[0].shape[-1])
         return State(weights, (), noise, divergence_limit(weights))
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
-        """What one application of the diffusion factor takes."""
-        dtype = problem.data.sxx.dtype
-        return tuple(jax.ShapeDtypeStruct(s, dtype) for s in problem.normal_shapes())
+        """What one grid step takes: normals of the factor and of Levy areas, or a draw."""
+        return shapes_of_one(lambda stream: self._draw(problem, stream, widths))
 
     def advance(
         self,
@@ -131,23 +179,21 @@ class StochasticFlow(AbstractDynamics):
         block: int,
     ) -> State:
         """Take the integration steps `start` to `stop` (excluded) of every path."""
-        shapes = problem.normal_shapes()
-        dt = self.step_size / self.substeps
+        widths = widths_of(state.weights)
+        clock = self.step_size.dtype
 
         def draw(first_step: Array) -> Any:
             stream = Stream(key, first_step + jnp.arange(block), paths)
-            return tuple(stream.substream(i).normals(s) for i, s in enumerate(shapes))
+            return self._draw(problem, stream, widths)
 
         def run(state: State, first: Array, last: Array) -> State:
-            term = StochasticGradientTerm(
-                problem, GridBrownianPath(state.noise), dt, self.step_size, state.limit
-            )
+            solver, terms = self._equation(problem, state.noise, state.limit)
             solution = diffrax.diffeqsolve(
-                term,
-                diffrax.Euler(),
-                t0=first.astype(dt.dtype),
-                t1=last.astype(dt.dtype),
-                dt0=jnp.ones((), dt.dtype),
+                terms,
+                solver,
+                t0=first.astype(clock),
+                t1=last.astype(clock),
+                dt0=jnp.ones((), clock),
                 y0=state.weights,
                 saveat=diffrax.SaveAt(t1=True),
                 max_steps=block,
@@ -158,44 +204,142 @@ class StochasticFlow(AbstractDynamics):
 
         return advance_in_blocks(state, start, stop, block, draw, run)
 
+    def _samples(self, problem: Problem) -> bool:
+        """Whether increments are sampled gradients."""
+        if self.diffusion == "auto":
+            return not problem.has_diffusion_factor
+        return self.diffusion == "sampled"
 
-class StochasticGradientTerm(diffrax.AbstractTerm):
-    r"""Drift and diffusion of an ensemble in one pull-back, on a unit grid.
+    def _draw(self, problem: Problem, stream: Stream, widths: tuple[int, ...]) -> tuple[Any, ...]:
+        """The random numbers of a block of grid steps, and those of the areas the solver needs."""
+        if self._samples(problem):
+            return (problem.draw(stream, widths),)
+        streams = [stream, *(stream.substream(i) for i in LEVY_STREAMS[: _areas(self.solver)])]
+        return tuple(problem.draw_normals(s, widths) for s in streams)
 
-    Both enter through the end-to-end gradient, so one increment is
+    def _equation(
+        self, problem: Problem, noise: tuple[Any, ...], limit: Array
+    ) -> tuple[diffrax.AbstractSolver, diffrax.AbstractTerm]:
+        """The solver and the terms that it integrates over a block of noise."""
+        path = GridBrownianPath(noise[0], noise[1:])
+        dt = self.step_size / self.substeps
+        sampled = self._samples(problem)
+        if self.solver is None and self.order == 1 and not sampled:
+            term = StochasticGradientTerm(problem, path, dt, self.step_size, limit)
+            return diffrax.Euler(), term
+        solver = self.solver
+        if solver is None:
+            solver = diffrax.Euler() if self.order == 1 else SmallNoise()
+        stratonovich = isinstance(solver, diffrax.AbstractStratonovichSolver)
+        drift = drift_term(problem, limit, dt, self.step_size, self.order, stratonovich)
+        scale = jnp.sqrt(self.step_size * dt)
+        of_noise = SampledNoiseTerm if sampled else ClosedNoiseTerm
+        return solver, diffrax.MultiTerm(drift, of_noise(problem, path, scale))
 
-    $$\Delta W_i = -A_i^\top \left( \bar M\, \Delta t + \sqrt{h \Delta t}\, Z(\zeta) \right)
-      B_i^\top - \lambda W_i \Delta t,$$
+    def _check_diffusion(self, problem: Problem) -> None:
+        inside = " and ".join(type(r).__name__ for r in problem.layer_noise)
+        if self.diffusion == "closed" and not problem.has_diffusion_factor:
+            raise ValueError(
+                f"StochasticFlow.diffusion='closed': {inside} acts inside the network and has no "
+                "closed diffusion factor; use diffusion='sampled'."
+            )
+        if not self._samples(problem):
+            return
+        if self.solver is not None and not isinstance(self.solver, diffrax.Euler | SmallNoise):
+            raise ValueError(
+                f"StochasticFlow.solver={type(self.solver).__name__} needs the columns of a closed "
+                "diffusion factor, and sampled increments have none; leave solver out."
+            )
+        if self.diffusion == "auto":
+            warnings.warn(
+                f"StochasticFlow.diffusion: {inside} has no closed diffusion factor, so the "
+                "increments are centred sampled gradients: exact mean and covariance, not "
+                "Gaussian. Weak averages keep their order; write diffusion='sampled' if you mean "
+                "it.",
+                SampledDiffusionWarning,
+                stacklevel=4,
+            )
 
-    with $Z$ the end-to-end diffusion factor applied to normals: a stochastic step costs what a
-    deterministic one does. A diffrax `MultiTerm` would form the products of the layers twice.
-    """
+    def _has_lost_order(self) -> bool:
+        """Warn if the integration error is as large as what the equation leaves out."""
+        dt = float(self.step_size) / self.substeps
+        first_order = isinstance(self.solver, diffrax.Euler | diffrax.EulerHeun)
+        first_order = first_order or (self.solver is None and self.order == 1)
+        if first_order and self.order == 2:
+            warnings.warn(
+                f"StochasticFlow.solver={type(self.solver).__name__} integrates the drift to first "
+                "order in the integration step, a fixed fraction of h, so order 2 cannot be seen; "
+                "leave solver out or use one such as diffrax.Heun().",
+                CoarseIntegrationWarning,
+                stacklevel=4,
+            )
+        elif first_order and 1.0 / self.substeps > COARSEST:
+            warnings.warn(
+                f"StochasticFlow.substeps={self.substeps}: integrating with steps of h = {dt:g} "
+                "makes an error as large as the difference between SGD and its SDE, so order 1 "
+                "cannot be seen; use substeps >= 2 (8 by default).",
+                CoarseIntegrationWarning,
+                stacklevel=4,
+            )
+        else:
+            return False
+        return True
 
-    problem: Problem
-    path: GridBrownianPath
-    dt: Scalar
-    step_size: Scalar
-    limit: Array
 
-    def contr(self, t0: Any, t1: Any, **kwargs: Any) -> Any:
-        """The normals of the grid step that starts at `t0`."""
-        return self.path.evaluate(t0, t1)
+def _areas(solver: diffrax.AbstractSolver | None) -> int:
+    """How many Levy areas a solver asks for."""
+    if not isinstance(solver, diffrax.AbstractSRK):
+        return 0
+    return (solver.tableau.coeffs_hh is not None) + (solver.tableau.coeffs_kk is not None)
 
-    def vf(self, t: Any, y: Weights, args: Any) -> Weights:
-        """The state at which drift and diffusion are taken."""
-        return y
 
-    def prod(self, vf: Weights, control: Any) -> Weights:
-        """The increment of every path over one grid step."""
-        return over_paths(self._increment)(vf, control, self.limit)
-
-    def _increment(self, weights: Weights, normals: Any, limit: Scalar) -> Weights:
-        mean: EndToEnd = end_to_end(weights) @ self.problem.input_moment - self.problem.data.syx
-        noise = self.problem.end_to_end_increment(weights, normals)
-        total = mean * self.dt + jnp.sqrt(self.step_size * self.dt) * noise
-        penalty = self.problem.add_penalties(tuple(jnp.zeros_like(w) for w in weights), weights)
-        moved = tuple(
-            -g - self.dt * d for g, d in zip(pull_back(weights, total), penalty, strict=True)
+def _checked_solver(solver: Any) -> diffrax.AbstractSolver | None:
+    if solver is None:
+        return None
+    name = type(solver).__name__
+    kinds = diffrax.AbstractItoSolver | diffrax.AbstractStratonovichSolver
+    if not isinstance(solver, kinds) or isinstance(solver, diffrax.AbstractWrappedSolver):
+        raise TypeError(
+            "StochasticFlow.solver must be a diffrax solver of Ito or Stratonovich equations that "
+            f"takes whole steps, such as diffrax.Heun(); got {name}."
         )
-        alive = is_alive(tuple(w + m for w, m in zip(weights, moved, strict=True)), limit)
-        return tuple(jnp.where(alive, m, jnp.nan) for m in moved)
+    reason = None
+    if isinstance(solver, diffrax.ItoMilstein | diffrax.StratonovichMilstein):
+        reason = "assumes that the noise commutes, and gradient noise does not"
+    elif isinstance(solver, diffrax.ReversibleHeun):
+        reason = "is unstable at every step size where the loss is convex"
+    elif isinstance(solver, diffrax.AbstractFosterLangevinSRK):
+        reason = "solves the underdamped Langevin equation"
+    elif isinstance(solver, diffrax.AbstractSRK) and solver.tableau.is_additive_noise():
+        reason = "assumes noise that does not depend on the weights"
+    if reason is not None:
+        raise ValueError(
+            f"StochasticFlow.solver={name} {reason}; use one for general noise such as "
+            "diffrax.Heun() or diffrax.SPaRK()."
+        )
+    return solver
+
+
+def _check_white(problem: Problem) -> None:
+    if is_reshuffled(problem):
+        raise ValueError(
+            "Minibatch.reshuffled=True correlates the steps of an epoch, so white noise does not "
+            "describe it; use reshuffled=False for stochastic flows."
+        )
+
+
+@eqx.filter_jit
+def _curvature_bound(problem: Problem, weights: Weights) -> Scalar:
+    r"""The Hessian trace with noisy inputs plus the curvature of the penalties along the weights.
+
+    $$\sum_i |A_i|^2 \mathrm{tr}(B_i \bar S B_i^\top) + \lambda$$ for weight decay.
+    """
+    lefts, rights = left_products(weights), right_products(weights)
+    trace = sum(
+        jnp.sum(a * a) * jnp.sum((b @ problem.input_moment) * b)
+        for a, b in zip(lefts, rights, strict=True)
+    )
+    _, pull = jax.jvp(lambda w: penalty_gradient(problem, w), (weights,), (weights,))
+    inner = sum(jnp.sum(w * p) for w, p in zip(weights, pull, strict=True))
+    norm = sum(jnp.sum(w * w) for w in weights)
+    return trace + jnp.where(norm > 0.0, inner / jnp.where(norm > 0.0, norm, 1.0), 0.0)

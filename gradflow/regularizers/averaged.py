@@ -10,12 +10,14 @@ from gradflow.data import Regression
 from gradflow.loss import moment_loss, pull_back
 from gradflow.network import end_to_end
 from gradflow.regularizers.base import (
+    AbstractActivationNoise,
     AbstractDataNoise,
     AbstractLayerNoise,
     AbstractPenalty,
     AbstractRegularizer,
+    AbstractWeightNoise,
 )
-from gradflow.types import Scalar, Weights
+from gradflow.types import EndToEnd, Scalar, Weights
 
 
 def input_variance(regularizers: Sequence[AbstractRegularizer]) -> Scalar:
@@ -33,10 +35,24 @@ def input_moment(
     return data.sxx + input_variance(regularizers) * jnp.eye(data.d_in, dtype=data.sxx.dtype)
 
 
+def layer_noises(
+    regularizers: Sequence[AbstractRegularizer], depth: int
+) -> list[AbstractLayerNoise]:
+    """The noises inside a network of the given depth, in the order in which they act.
+
+    **Raises:** `ValueError` for a noise that cannot act on a network of this depth.
+    """
+    noises = [r for r in regularizers if isinstance(r, AbstractLayerNoise)]
+    for noise in noises:
+        noise.check(depth)
+    shifts = [r for r in noises if isinstance(r, AbstractWeightNoise) and r.is_shift]
+    return shifts + [r for r in noises if not (isinstance(r, AbstractWeightNoise) and r.is_shift)]
+
+
 def output_moment(
     weights: Weights,
     s0: Float[Array, "d_in d_in"],
-    layer_noise: Sequence[AbstractLayerNoise],
+    noises: Sequence[AbstractLayerNoise],
 ) -> Float[Array, "d_out d_out"]:
     r"""The second moment of the output, pushed through the layers (theory section 5).
 
@@ -47,16 +63,41 @@ def output_moment(
     activations. Exact for independent noises in any combination.
     """
     depth = len(weights)
+    on_weights = [r for r in noises if isinstance(r, AbstractWeightNoise)]
+    on_activations = [r for r in noises if isinstance(r, AbstractActivationNoise)]
     s = s0
     for layer, w in enumerate(weights, start=1):
-        variance = jnp.zeros_like(w)
+        c = w @ s @ w.T
+        if on_weights:
+            variance = jnp.zeros_like(w)
+            for noise in on_weights:
+                variance = noise.weight_variance(layer, depth, w, variance)
+            c = c + jnp.diag(variance @ jnp.diag(s))
         spread = jnp.ones((), w.dtype)
-        for noise in layer_noise:
-            variance = noise.weight_variance(layer, depth, w, variance)
+        for noise in on_activations:
             spread = spread * (1.0 + noise.activation_variance(layer, depth))
-        c = w @ s @ w.T + jnp.diag(variance @ jnp.diag(s))
-        s = c + (spread - 1.0) * jnp.diag(jnp.diag(c))
+        s = c + (spread - 1.0) * jnp.diag(jnp.diag(c)) if on_activations else c
     return s
+
+
+def moment_gradient(
+    weights: Weights,
+    s0: Float[Array, "d_in d_in"],
+    syx: EndToEnd,
+    noises: Sequence[AbstractLayerNoise],
+) -> Weights:
+    r"""The gradient of $\tfrac12 \mathrm{tr}\, S_N - \langle P, Y\rangle$, linear in $(S_0, Y)$.
+
+    Closed form without noise inside the network, automatic differentiation of the recursion with
+    it.
+    """
+    if not noises:
+        return pull_back(weights, end_to_end(weights) @ s0 - syx)
+
+    def expected(w: Weights) -> Scalar:
+        return 0.5 * jnp.trace(output_moment(w, s0, noises)) - jnp.sum(end_to_end(w) * syx)
+
+    return jax.grad(expected)(weights)
 
 
 def averaged_loss(
@@ -68,12 +109,14 @@ def averaged_loss(
       + \tfrac12 \mathrm{tr}\, S_{yy}$$
 
     plus the penalties; the constant variance of noisy labels is left out.
+
+    **Raises:** `ValueError` for a noise that cannot act on a network of this depth.
     """
     s0 = input_moment(data, regularizers)
-    layer_noise = [r for r in regularizers if isinstance(r, AbstractLayerNoise)]
+    noises = layer_noises(regularizers, len(weights))
     p = end_to_end(weights)
-    if layer_noise:
-        second = jnp.trace(output_moment(weights, s0, layer_noise))
+    if noises:
+        second = jnp.trace(output_moment(weights, s0, noises))
         value = 0.5 * second - jnp.sum(p * data.syx) + 0.5 * jnp.trace(data.syy)
     else:
         value = moment_loss(p, s0, data.syx, data.syy)
@@ -84,18 +127,20 @@ def averaged_loss(
 
 
 def averaged_gradient(
-    weights: Weights, data: Regression, regularizers: Sequence[AbstractRegularizer]
+    weights: Weights,
+    data: Regression,
+    regularizers: Sequence[AbstractRegularizer],
+    penalties: bool = True,
 ) -> Weights:
-    r"""The gradient of `averaged_loss`: $A_i^\top (P S_0 - Y) B_i^\top$ plus penalties.
+    r"""The gradient of `averaged_loss`: $A_i^\top (P S_0 - Y) B_i^\top$ for noise on the data.
 
-    Closed form for noise on the data, automatic differentiation of the recursion for noise inside
-    the network.
+    `penalties=False` leaves the penalties out.
+
+    **Raises:** `ValueError` for a noise that cannot act on a network of this depth.
     """
-    if any(isinstance(r, AbstractLayerNoise) for r in regularizers):
-        return jax.grad(averaged_loss)(weights, data, regularizers)
-    s0 = input_moment(data, regularizers)
-    g = pull_back(weights, end_to_end(weights) @ s0 - data.syx)
-    return add_penalties(g, weights, regularizers)
+    noises = layer_noises(regularizers, len(weights))
+    g = moment_gradient(weights, input_moment(data, regularizers), data.syx, noises)
+    return add_penalties(g, weights, regularizers) if penalties else g
 
 
 def add_penalties(

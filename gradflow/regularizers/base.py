@@ -5,11 +5,13 @@ r"""What a regularizer is: one mechanism with three faces.
 3. *diffusion*: a factor $B(W)$ with $B B^\top$ the covariance of the stochastic gradient.
 
 The mechanisms differ in *where* they act, and each place has its own abstract class: a penalty on
-the weights, the choice of the batch, noise on the data, noise inside the network. The faces of any
-combination are assembled from these pieces in `sampled.py`, `averaged.py` and `diffusion.py`.
+the weights, the choice of the batch, noise on the data, on the weights, on the hidden activations
+and on the gradient. The faces of any combination are assembled from these pieces in `averaged.py`,
+`diffusion.py` and `sampled.py`.
 """
 
 import abc
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +53,51 @@ def check_nonnegative(name: str, value: Array) -> None:
     number = float(value)
     if not (np.isfinite(number) and number >= 0.0):
         raise ValueError(f"{name} must be a finite number >= 0; got {number}.")
+
+
+def check_rate(name: str, value: Array) -> None:
+    """Raise a `ValueError` that names the field unless `value` is a number in [0, 1).
+
+    Traced values pass: they were checked when they were concrete.
+    """
+    check_nonnegative(name, value)
+    if not isinstance(value, Tracer) and float(value) >= 1.0:
+        raise ValueError(
+            f"{name} is the probability to drop and must lie in [0, 1); got {float(value)}."
+        )
+
+
+def as_layers(value: Any) -> Any:
+    """Layer numbers as an ascending tuple of integers; anything else unchanged."""
+    if isinstance(value, list | tuple | range | np.ndarray):
+        numbers = [int(v) if isinstance(v, np.integer) else v for v in value]
+        if all(isinstance(v, int) for v in numbers):
+            return tuple(sorted(numbers))
+        return tuple(numbers)
+    return value
+
+
+def check_layers(name: str, layers: Any) -> None:
+    """Raise a `ValueError` that names the field unless `layers` are layer numbers or None."""
+    if layers is None:
+        return
+    numbers = isinstance(layers, tuple) and all(
+        isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in layers
+    )
+    if not numbers or not layers or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"{name} must be a list of distinct layer numbers >= 1 such as [1, 2], or None for "
+            f"all layers; got {layers!r}."
+        )
+
+
+def check_within(name: str, layers: tuple[int, ...] | None, depth: int) -> None:
+    """Raise a `ValueError` if a network of the given depth lacks one of the layers."""
+    if layers is not None and layers[-1] > depth:
+        raise ValueError(
+            f"{name}: there is no layer {layers[-1]} in a network of depth {depth}; choose from 1 "
+            f"to {depth}."
+        )
 
 
 class NoiseMoments(eqx.Module):
@@ -170,17 +217,51 @@ class AbstractDataNoise(AbstractRegularizer):
 
 
 class AbstractLayerNoise(AbstractRegularizer):
-    r"""Noise inside the network: on weights or hidden activations.
+    """Noise inside the network: on its weights or on its hidden activations."""
 
-    A draw replaces $W_l$ by weights of the same mean with independent entries and multiplies
-    hidden activations by independent factors of mean 1.
+    @abc.abstractmethod
+    def check(self, depth: int) -> None:
+        """Raise a `ValueError` if the noise cannot act on a network of this depth."""
+
+
+class AbstractWeightNoise(AbstractLayerNoise):
+    """Noise on the weights: one draw a step, which all rows share.
+
+    A draw replaces $W_l$ by weights of the same mean with independent entries.
     """
+
+    @property
+    @abc.abstractmethod
+    def is_shift(self) -> bool:
+        """Whether the dynamics adds the noise to the weights themselves (anticorrelated noise).
+
+        Then `perturb_weight` adds numbers that do not depend on the weights, and the gradient is
+        taken at the weights as they are. Such noise acts before all other noise on weights.
+        """
 
     @abc.abstractmethod
     def weight_variance(
-        self, layer: int, depth: int, w: Float[Array, "d_l d_below"], variance: Array
+        self,
+        layer: int,
+        depth: int,
+        w: Float[Array, "d_l d_below"],
+        variance: Float[Array, "d_l d_below"],
     ) -> Float[Array, "d_l d_below"]:
         """Entry-wise variance of $W_l$ after this noise, given that before it."""
+
+    @abc.abstractmethod
+    def draw(self, stream: Stream, widths: tuple[int, ...]) -> Any:
+        """Random numbers for a block of steps: a pytree of `(K, ..., R)` arrays."""
+
+    @abc.abstractmethod
+    def perturb_weight(
+        self, draw: Any, layer: int, depth: int, w: Float[Array, "d_l d_below"]
+    ) -> Float[Array, "d_l d_below"]:
+        """The weights of layer `layer` (1..N) under one draw."""
+
+
+class AbstractActivationNoise(AbstractLayerNoise):
+    """Factors of mean 1 on hidden activations, independent for every row and every unit."""
 
     @abc.abstractmethod
     def activation_variance(self, layer: int, depth: int) -> Scalar:
@@ -191,16 +272,31 @@ class AbstractLayerNoise(AbstractRegularizer):
         """Random numbers for a block of steps: a pytree of `(K, ..., R)` arrays."""
 
     @abc.abstractmethod
-    def perturb_weight(
-        self, draw: Any, layer: int, depth: int, w: Float[Array, "d_l d_below"]
-    ) -> Float[Array, "d_l d_below"]:
-        """The weights of layer `layer` (1..N) under one draw."""
-
-    @abc.abstractmethod
     def perturb_activation(
         self, draw: Any, layer: int, depth: int, h: Float[Array, "batch d_l"]
     ) -> Float[Array, "batch d_l"]:
         """The activations of layer `layer` under one draw, one row per sample."""
+
+
+class AbstractGradientNoise(AbstractRegularizer):
+    """Gaussian noise added to the gradient, independent in every entry and of the weights."""
+
+    @abc.abstractmethod
+    def level(self, layer: int, depth: int) -> Scalar:
+        """Standard deviation of the noise on every entry of the gradient of layer `layer`."""
+
+
+def layer_shapes(widths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The shapes `(d_i, d_{i-1})` of the layers of a network of the given widths."""
+    return [(above, below) for below, above in itertools.pairwise(widths)]
+
+
+def population_rows(
+    normals: Float[Array, "batch channels"], data: Regression, root: Float[Array, "d_in d_in"]
+) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch d_out"]]:
+    r"""Rows of a Gaussian population: $x = S^{1/2} z$, $y = T x + \Sigma_\eta^{1/2} z'$."""
+    x = normals[:, : data.d_in] @ root
+    return x, x @ data.best_map.T + normals[:, data.d_in :] @ data.residual_sqrt
 
 
 def symmetric_normal(normals: Float[Array, "d d"]) -> Float[Array, "d d"]:

@@ -13,6 +13,7 @@ from gradflow.regularizers.base import (
     AbstractBatch,
     NoiseMoments,
     factor_covariance,
+    population_rows,
     symmetric_normal,
 )
 from gradflow.streams import Stream
@@ -109,11 +110,9 @@ class Minibatch(AbstractBatch):
     def rows(
         self, draw: Array, data: Regression, root: Float[Array, "d_in d_in"]
     ) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch d_out"]]:
-        r"""The chosen rows, or $x = S^{1/2} z$, $y = T x + \Sigma_\eta^{1/2} z'$ online."""
+        """The chosen rows, or fresh rows of the population online."""
         if data.x is None or data.y is None:
-            x = draw[:, : data.d_in] @ root
-            y = x @ data.best_map.T + draw[:, data.d_in :] @ data.residual_sqrt
-            return x, y
+            return population_rows(draw, data, root)
         return data.x[draw], data.y[draw]
 
     def normal_shape(self, data: Regression) -> tuple[int, ...]:

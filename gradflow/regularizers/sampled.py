@@ -1,14 +1,21 @@
-"""The sampled face: exact stochastic gradients of every combination of regularizers.
+r"""The sampled face: exact stochastic gradients of every combination of regularizers.
 
-Three routes give the same distribution, and the cheapest exact one is taken:
+Weights are perturbed first, by one draw a step that all rows share. At the perturbed weights one of
+three routes gives the gradient of the rest, and the cheapest exact one is taken:
 
-- noise linear in the data on a full batch is Gaussian on $M$: `(d_N, d_0)` normals a step;
-- other noise on the data perturbs the rows of the batch, whose end-to-end gradient is pulled back;
-- noise inside the network runs the perturbed forward pass and differentiates it.
+- *moments*: noise linear in the data on a full batch is Gaussian on $M$: `(d_N, d_0)` normals;
+- *rows*: noise on the rows of the batch; without noise on the activations their end-to-end gradient
+  is pulled back, with it the perturbed forward pass is differentiated;
+- *pseudo row*: noise on the activations of a population without a batch. With one fresh row $x, y$
+  the gradient $\nabla \bar L + n^{-1/2} (g(x, y, \text{noise}) - E[g(x, y, \text{noise}) | x, y])$
+  has the mean and the covariance of $n$ samples whose noise is averaged, while $x$ does not
+  fluctuate.
+
+The gradient is then taken back through the perturbation of the weights.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +23,52 @@ from jaxtyping import Array, Float
 
 from gradflow.data import Regression
 from gradflow.loss import pull_back
-from gradflow.regularizers.averaged import add_penalties, averaged_gradient
+from gradflow.regularizers.averaged import (
+    add_penalties,
+    input_moment,
+    input_variance,
+    layer_noises,
+    moment_gradient,
+)
 from gradflow.regularizers.base import (
+    AbstractActivationNoise,
     AbstractBatch,
     AbstractDataNoise,
-    AbstractLayerNoise,
+    AbstractGradientNoise,
+    AbstractPenalty,
     AbstractRegularizer,
+    AbstractWeightNoise,
     NoiseMoments,
+    population_rows,
 )
-from gradflow.regularizers.diffusion import end_to_end_increment, normal_shapes
+from gradflow.regularizers.diffusion import (
+    end_to_end_increment,
+    gradient_increment,
+    gradient_normals,
+    has_diffusion_factor,
+)
 from gradflow.streams import Stream
 from gradflow.types import Scalar, Weights
 
+Pairs = list[tuple[AbstractRegularizer, Any]]
 
-def samples_rows(data: Regression, regularizers: Sequence[AbstractRegularizer]) -> bool:
-    """Whether a draw perturbs rows of data (True) or the end-to-end gradient (False)."""
-    if any(isinstance(r, AbstractBatch | AbstractLayerNoise) for r in regularizers):
-        return True
+
+def route(
+    data: Regression, regularizers: Sequence[AbstractRegularizer]
+) -> Literal["moments", "rows", "pseudo row"]:
+    """How the gradient at the perturbed weights is sampled."""
+    if any(isinstance(r, AbstractBatch) for r in regularizers):
+        return "rows"
+    activations = any(isinstance(r, AbstractActivationNoise) for r in regularizers)
+    if data.x is None:
+        return "pseudo row" if activations else "moments"
     linear = all(r.is_linear() for r in regularizers if isinstance(r, AbstractDataNoise))
-    return data.x is not None and not linear
+    return "moments" if linear and not activations else "rows"
+
+
+def is_gaussian(data: Regression, regularizers: Sequence[AbstractRegularizer]) -> bool:
+    """Whether the sampled gradient is the averaged one plus the diffusion factor times normals."""
+    return has_diffusion_factor(regularizers) and route(data, regularizers) == "moments"
 
 
 def draw_noise(
@@ -43,27 +77,36 @@ def draw_noise(
     stream: Stream,
     widths: tuple[int, ...],
 ) -> tuple[Any, ...]:
-    """The random numbers of a block of steps, one pytree of `(K, ..., R)` arrays a noise.
+    """The random numbers of a block of steps: one pytree of `(K, ..., R)` arrays a regularizer.
 
-    Every noise has a substream of its own, numbered by its place among the regularizers.
+    Every noise has a substream of its own, numbered by its place among the regularizers (among the
+    noises where the moments are sampled). A pseudo row comes last.
 
-    **Raises:** `ValueError` if the noise needs rows and the data have none.
+    **Raises:** `ValueError` for a noise that cannot act on a network of this depth.
     """
-    if not samples_rows(data, regularizers):
-        shapes = normal_shapes(data, regularizers)
-        return tuple(stream.substream(i).normals(s) for i, s in enumerate(shapes))
+    layer_noises(regularizers, len(widths) - 1)
+    way = route(data, regularizers)
     batch = _batch_size(data, regularizers)
-    draws = []
-    for i, r in enumerate(regularizers):
-        own = stream.substream(i)
+    draws: list[Any] = []
+    place = 0
+    for r in regularizers:
+        own = stream.substream(place)
+        place += not (way == "moments" and isinstance(r, AbstractPenalty))
         if isinstance(r, AbstractBatch):
             draws.append(r.draw(own, data))
         elif isinstance(r, AbstractDataNoise):
-            draws.append(own.normals(r.draw_shape(batch, data)))
-        elif isinstance(r, AbstractLayerNoise):
+            shape = r.normal_shape(data) if way == "moments" else r.draw_shape(batch, data)
+            draws.append(own.normals(shape))
+        elif isinstance(r, AbstractWeightNoise):
+            draws.append(r.draw(own, widths))
+        elif isinstance(r, AbstractActivationNoise):
             draws.append(r.draw(own, batch, widths))
+        elif isinstance(r, AbstractGradientNoise):
+            draws.append(gradient_normals(own, widths))
         else:
             draws.append(None)
+    if way == "pseudo row":
+        draws.append(stream.substream(place).normals((1, data.d_in + data.d_out)))
     return tuple(draws)
 
 
@@ -71,69 +114,125 @@ def sampled_gradient(
     data: Regression,
     regularizers: Sequence[AbstractRegularizer],
     weights: Weights,
-    moments: NoiseMoments,
+    moments_at: Callable[[Weights], NoiseMoments],
     draw: tuple[Any, ...],
+    penalties: bool = True,
 ) -> Weights:
-    """The stochastic gradient of one step of one path; its expectation is `averaged_gradient`."""
-    if not samples_rows(data, regularizers):
-        mean = averaged_gradient(weights, data, regularizers)
-        noise = pull_back(weights, end_to_end_increment(regularizers, moments, draw))
-        return tuple(g + e for g, e in zip(mean, noise, strict=True))
-    x, y = _perturbed_rows(data, regularizers, moments.root, draw)
-    if any(isinstance(r, AbstractLayerNoise) for r in regularizers):
-        g = jax.grad(_perturbed_loss)(weights, regularizers, draw, x, y)
+    """The stochastic gradient of one step of one path; its expectation is `averaged_gradient`.
+
+    `penalties=False` leaves the gradients of the penalties out.
+
+    **Raises:** `ValueError` for a noise that cannot act on a network of this depth.
+    """
+    layer_noises(regularizers, len(weights))
+    way = route(data, regularizers)
+    pairs = list(zip(regularizers, draw[:-1] if way == "pseudo row" else draw, strict=True))
+    shaken = [(r, d) for r, d in pairs if isinstance(r, AbstractWeightNoise) and not r.is_shift]
+
+    def shake(w: Weights) -> Weights:
+        for r, d in shaken:
+            w = tuple(r.perturb_weight(d, i, len(w), v) for i, v in enumerate(w, start=1))
+        return w
+
+    at, back = jax.vjp(shake, weights) if shaken else (weights, None)
+    moments = moments_at(at)
+    if way == "moments":
+        g = _from_moments(data, pairs, at, moments)
+    elif way == "rows":
+        g = _from_rows(data, pairs, at, moments)
     else:
-        errors = x @ moments.p.T - y
-        g = pull_back(weights, errors.T @ x / x.shape[0])
-    return add_penalties(g, weights, regularizers)
+        g = _from_pseudo_row(data, pairs, at, moments, draw[-1])
+    if back is not None:
+        (g,) = back(g)
+    normals = tuple(d for r, d in pairs if isinstance(r, AbstractGradientNoise))
+    if normals:
+        extra = gradient_increment(regularizers, normals)
+        g = tuple(a + b for a, b in zip(g, extra, strict=True))
+    return add_penalties(g, weights, regularizers) if penalties else g
+
+
+def weight_shift(
+    regularizers: Sequence[AbstractRegularizer], weights: Weights, draw: tuple[Any, ...]
+) -> Weights:
+    """The noise that the dynamics adds to the weights themselves; zeros without any."""
+    total = tuple(jnp.zeros_like(w) for w in weights)
+    depth = len(weights)
+    for r, d in zip(regularizers, draw, strict=False):  # a pseudo row may follow
+        if isinstance(r, AbstractWeightNoise) and r.is_shift:
+            total = tuple(
+                r.perturb_weight(d, i, depth, shift) for i, shift in enumerate(total, start=1)
+            )
+    return total
 
 
 def _batch_size(data: Regression, regularizers: Sequence[AbstractRegularizer]) -> int:
+    """The rows of a step; one pseudo row for a population."""
     for r in regularizers:
         if isinstance(r, AbstractBatch):
             return r.size()
-    if data.x is None:
-        names = [type(r).__name__ for r in regularizers if isinstance(r, AbstractLayerNoise)]
-        raise ValueError(
-            f"data: {', '.join(names)} perturbs rows of data, and population moments have none; "
-            "add Minibatch(batch_size) for online SGD, or use Regression.from_samples."
-        )
-    return data.x.shape[0]
+    return 1 if data.x is None else data.x.shape[0]
 
 
-def _perturbed_rows(
-    data: Regression,
-    regularizers: Sequence[AbstractRegularizer],
-    root: Float[Array, "d_in d_in"],
-    draw: tuple[Any, ...],
-) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch d_out"]]:
-    pairs = list(zip(regularizers, draw, strict=True))
-    rows = [r.rows(d, data, root) for r, d in pairs if isinstance(r, AbstractBatch)]
+def _from_moments(
+    data: Regression, pairs: Pairs, weights: Weights, moments: NoiseMoments
+) -> Weights:
+    regularizers = [r for r, _ in pairs]
+    normals = tuple(d for r, d in pairs if isinstance(r, AbstractDataNoise))
+    mean = moments.p @ input_moment(data, regularizers) - data.syx
+    return pull_back(weights, mean + end_to_end_increment(regularizers, moments, normals))
+
+
+def _from_rows(data: Regression, pairs: Pairs, weights: Weights, moments: NoiseMoments) -> Weights:
+    rows = [r.rows(d, data, moments.root) for r, d in pairs if isinstance(r, AbstractBatch)]
     if not rows and data.x is not None and data.y is not None:
         rows = [(data.x, data.y)]
-    x, y = rows[0]
+    x, y = _noisy_rows(pairs, *rows[0])
+    if any(isinstance(r, AbstractActivationNoise) for r, _ in pairs):
+        return jax.grad(_noisy_loss)(weights, pairs, x, y)
+    errors = x @ moments.p.T - y
+    return pull_back(weights, errors.T @ x / x.shape[0])
+
+
+def _from_pseudo_row(
+    data: Regression,
+    pairs: Pairs,
+    weights: Weights,
+    moments: NoiseMoments,
+    normals: Float[Array, "1 channels"],
+) -> Weights:
+    """The averaged gradient is linear in the moments, so one evaluation gives both of its parts."""
+    regularizers = [r for r, _ in pairs]
+    share = 1.0 / jnp.sqrt(data.n)
+    x, y = population_rows(normals, data, moments.root)
+    noise = input_variance(regularizers) * jnp.eye(data.d_in, dtype=x.dtype)
+    s0 = input_moment(data, regularizers) - share * (x.T @ x + noise)
+    active = [r for r in regularizers if isinstance(r, AbstractActivationNoise)]
+    mean = moment_gradient(weights, s0, data.syx - share * (y.T @ x), active)
+    one = jax.grad(_noisy_loss)(weights, pairs, *_noisy_rows(pairs, x, y))
+    return tuple(m + share * g for m, g in zip(mean, one, strict=True))
+
+
+def _noisy_rows(
+    pairs: Pairs, x: Float[Array, "batch d_in"], y: Float[Array, "batch d_out"]
+) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch d_out"]]:
     for r, d in pairs:
         if isinstance(r, AbstractDataNoise):
             x, y = r.perturb(d, x, y)
     return x, y
 
 
-def _perturbed_loss(
+def _noisy_loss(
     weights: Weights,
-    regularizers: Sequence[AbstractRegularizer],
-    draw: tuple[Any, ...],
+    pairs: Pairs,
     x: Float[Array, "batch d_in"],
     y: Float[Array, "batch d_out"],
 ) -> Scalar:
+    """The loss of the rows with noise on the hidden activations."""
     depth = len(weights)
-    noises = [
-        (r, d) for r, d in zip(regularizers, draw, strict=True) if isinstance(r, AbstractLayerNoise)
-    ]
     h = x
     for layer, w in enumerate(weights, start=1):
-        for r, d in noises:
-            w = r.perturb_weight(d, layer, depth, w)
         h = h @ w.T
-        for r, d in noises:
-            h = r.perturb_activation(d, layer, depth, h)
+        for r, d in pairs:
+            if isinstance(r, AbstractActivationNoise):
+                h = r.perturb_activation(d, layer, depth, h)
     return 0.5 * jnp.sum((h - y) ** 2) / x.shape[0]

@@ -11,6 +11,7 @@ from gradflow.report.phase_portrait import draw_phase_portrait
 from gradflow.report.rates import draw_rates
 from gradflow.report.reading import missing_runs, run_views
 from gradflow.report.scaling import draw_scaling
+from gradflow.report.study_orders import draw_study_orders
 from gradflow.report.style import drawing_style, save_figure
 from gradflow.report.time_series import draw_time_series
 from gradflow.study.results import StudyResult
@@ -21,6 +22,7 @@ KINDS: Mapping[str, Callable[[StudyResult, Any], Drawing]] = {
     "rates": draw_rates,
     "scaling": draw_scaling,
     "conservation": draw_conservation,
+    "orders": draw_study_orders,
 }
 """Every figure kind of a spec and the function that draws it."""
 
@@ -60,7 +62,7 @@ def draw_figures(result: StudyResult) -> tuple[FigureFile, ...]:
         name = spec.name or _free_name(spec.kind, taken)
         taken.add(name)
         try:
-            if not run_views(result, spec.runs):
+            if spec.kind != "orders" and not run_views(result, spec.runs):
                 raise ValueError("runs: none of them finished, so there is nothing to draw")
             with drawing_style():
                 drawing = KINDS[spec.kind](result, spec)
@@ -68,7 +70,7 @@ def draw_figures(result: StudyResult) -> tuple[FigureFile, ...]:
         except ValueError as error:
             wrong.append(f"figure[{index}] ({spec.kind}, {name!r}): {error}")
             continue
-        missing = missing_runs(result, spec.runs)
+        missing = [] if spec.kind == "orders" else missing_runs(result, spec.runs)
         lost = f"Not shown, because they did not finish: {', '.join(missing)}." if missing else ""
         caption = sentence(drawing.caption, lost)
         done.append(FigureFile(name, spec.title, caption, png, svg))

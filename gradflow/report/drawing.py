@@ -14,6 +14,9 @@ from gradflow.report.formatting import number
 from gradflow.report.reading import RunView, diverged_text
 from gradflow.report.style import INK, MUTED
 
+_LEGEND_LETTERS = 74
+"""Letters of the longest labels of two columns that fit side by side."""
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -61,12 +64,16 @@ def mark_divergence(axes: Axes, view: RunView, time: np.ndarray, values: np.ndar
 
 
 def legend_below(figure: Figure, left: Sequence[Artist], right: Sequence[Artist]) -> None:
-    """Puts the legend below the axes, outside of them: runs at the left, marks at the right."""
-    rows = max(len(left), len(right))
+    """Puts the legend below the axes, outside of them: runs at the left, marks at the right.
+
+    Where the two do not fit side by side the marks stand below the runs.
+    """
+    columns = _legend_columns(left, right)
+    rows = max(map(len, columns))
     blank = Line2D([], [], linestyle="none", label=" ")
-    columns = [[*side, *[blank] * (rows - len(side))] for side in (left, right) if side]
+    padded = [[*side, *[blank] * (rows - len(side))] for side in columns]
     figure.legend(
-        handles=[handle for column in columns for handle in column],
+        handles=[handle for column in padded for handle in column],
         loc="outside lower left",
         ncols=len(columns),
         labelcolor=INK,
@@ -78,7 +85,14 @@ def legend_below(figure: Figure, left: Sequence[Artist], right: Sequence[Artist]
 
 def legend_height(left: Sequence[Artist], right: Sequence[Artist]) -> float:
     """Returns the height in inches that the legend takes."""
-    return 0.12 + 0.185 * max(len(left), len(right))
+    return 0.12 + 0.185 * max(map(len, _legend_columns(left, right)))
+
+
+def _legend_columns(left: Sequence[Artist], right: Sequence[Artist]) -> list[list[Artist]]:
+    widest = [max((len(str(a.get_label())) for a in side), default=0) for side in (left, right)]
+    if sum(widest) > _LEGEND_LETTERS:
+        return [[*left, *right]]
+    return [list(side) for side in (left, right) if side] or [[]]
 
 
 def sentence(*parts: str) -> str:

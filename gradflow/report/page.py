@@ -12,6 +12,8 @@ from gradflow.report.style import write_whole
 from gradflow.report.tables import (
     PHASE_COLUMNS,
     claim_rows,
+    order_lines,
+    order_remarks,
     phase_rows,
     problems,
     provenance,
@@ -54,6 +56,8 @@ def write_page(result: StudyResult, figures: Sequence[FigureFile]) -> Path:
         phase_columns=PHASE_COLUMNS,
         phases=phase_rows(result),
         remarks=remarks(result),
+        orders=order_lines(result),
+        order_remarks=order_remarks(result),
         problems=problems(result),
         setup=setup_rows(result),
         provenance=provenance(result),

@@ -27,6 +27,11 @@ _PARAMETERS = {
     "InputNoise.std": ("standard deviation of the input noise", "input"),
     "WeightDecay.rate": ("weight decay λ", "1/flow time"),
     "Minibatch.batch_size": ("batch size B", "1"),
+    "Dropout.rate": ("dropout rate", "1"),
+    "DropConnect.rate": ("DropConnect rate", "1"),
+    "WeightNoise.std": ("standard deviation of the weight noise", "weight"),
+    "GradientNoise.std": ("standard deviation of the gradient noise", "loss/weight"),
+    "amplification": ("amplification l", "1"),
 }
 _QUANTITIES = {
     "rate": ("decay rate", "1/flow time"),
@@ -40,6 +45,8 @@ _QUANTITIES = {
     "change_ratio": ("final over initial", "1"),
     "balancedness_change": ("largest change of G", "weight^2"),
     "balancedness_decay": ("largest deviation of G from its decay", "weight^2"),
+    "diagonal_change": ("largest change of diag G", "weight^2"),
+    "noether_decay": ("largest residual of the decay of the Noether charge", "1"),
     "gd_identity": ("largest residual of the one-step identity", "weight^2"),
 }
 

@@ -31,6 +31,9 @@ WIDTH = 6.5
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Colour-blind safe colours (Okabe and Ito 2008) without black and yellow."""
 
+FURTHER = ("#882255", "#999933", "#332288", "#117733", "#AA4499", "#661100")
+"""Further colours that stay apart from those and each other (after Tol 2021, "muted")."""
+
 INK = "#222222"
 MUTED = "#6b6b6b"
 FAINT = "#b9b9b9"
@@ -119,15 +122,15 @@ def line_style(dynamics: str) -> LineStyle:
 def group_colours(groups: Sequence[str]) -> dict[str, str]:
     """Gives every regularizer group its colour, in order of appearance.
 
-    Up to six groups take the Okabe-Ito colours; more take equally spaced colours of the
-    ``cividis`` map, which is ordered and colour-blind safe. Groups called "none", "plain" or
-    "unregularized" (or nothing) are dark grey where there are others.
+    Up to six groups take the Okabe-Ito colours, up to twelve the further ones as well; more take
+    equally spaced colours of the ``cividis`` map, which is ordered and colour-blind safe. Groups
+    called "none", "plain" or "unregularized" (or nothing) are dark grey where there are others.
     """
     names = list(dict.fromkeys(groups))
     plain = [g for g in names if is_unregularized(g)] if len(names) > 1 else []
     others = [g for g in names if g not in plain]
-    if len(others) <= len(OKABE_ITO):
-        colours = list(OKABE_ITO[: len(others)])
+    if len(others) <= len(OKABE_ITO + FURTHER):
+        colours = list((OKABE_ITO + FURTHER)[: len(others)])
     else:
         cividis = matplotlib.colormaps["cividis"]
         colours = [to_hex(cividis(x)) for x in np.linspace(0.0, 0.92, len(others))]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradflow.analysis.order_results import OrderRow
 from gradflow.report.formatting import MISSING, duration, interval, number, with_error
 from gradflow.report.reading import RunView, run_views
 from gradflow.study.results import ClaimResult, StudyResult
@@ -97,9 +98,12 @@ def claim_rows(result: StudyResult) -> list[ClaimRow]:
 
 
 def _claim_row(claim: ClaimResult, result: StudyResult) -> ClaimRow:
-    labels = [result.runs[name].label or name for name in claim.runs if name in result.runs]
+    known = {**result.runs, **result.orders}
+    labels = [known[name].label or name for name in claim.runs if name in known]
     expected = claim.expected
-    if isinstance(expected, str):
+    if claim.quantity == "order_status":
+        measured = MISSING if math.isnan(claim.measured) else f"order {number(claim.measured)}"
+    elif isinstance(expected, str):
         # an agreement is measured by the largest relative difference of the two runs
         measured = f"{number(100 * claim.measured, 2)}\u00a0% apart"
     else:
@@ -192,6 +196,46 @@ def remarks(result: StudyResult) -> list[tuple[str, str]]:
         if view.run.trajectory.interrupted:
             texts.append(f"interrupted at t = {number(float(view.run.trajectory.time[-1]))}")
         found += [(view.label, text) for text in dict.fromkeys(texts) if text]
+    return found
+
+
+@dataclass(frozen=True)
+class OrderLine:
+    """One line of the table of orders."""
+
+    pair: str
+    observable: str
+    distance: str
+    order: Cell
+    range: str
+    status: str
+    reason: str
+
+
+def order_lines(result: StudyResult) -> list[OrderLine]:
+    """Returns the table of orders: one line for each observable of each [[orders]] table."""
+    return [
+        _order_line(table.label, table.orders.kind, row)
+        for table in result.orders.values()
+        for row in table.orders.rows
+    ]
+
+
+def _order_line(pair: str, distance: str, row: OrderRow) -> OrderLine:
+    if not row.resolved:
+        return OrderLine(pair, row.observable, distance, Cell(MISSING), "", row.status, row.reason)
+    bounds = f"{100 * row.confidence:g}\u00a0% {interval(row.low, row.high)}"
+    sizes = "" if row.asymptotic_range is None else interval(*row.asymptotic_range)
+    order = Cell(number(row.order), (bounds,))
+    return OrderLine(pair, row.observable, distance, order, sizes, row.status, row.reason)
+
+
+def order_remarks(result: StudyResult) -> list[tuple[str, str]]:
+    """Returns what people should know about single [[orders]] tables: (label, remark)."""
+    found = []
+    for table in result.orders.values():
+        texts = (table.orders.coupling, *table.orders.notes, *table.notes)
+        found += [(table.label, text) for text in dict.fromkeys(texts) if text]
     return found
 
 

@@ -1,4 +1,6 @@
 """Pieces that plug into diffrax."""
 
+from gradflow.solvers.gauss_legendre import GaussLegendre as GaussLegendre
 from gradflow.solvers.grid_path import GridBrownianPath as GridBrownianPath
 from gradflow.solvers.resumable import ResumableController as ResumableController
+from gradflow.solvers.small_noise import SmallNoise as SmallNoise

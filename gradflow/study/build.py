@@ -10,16 +10,18 @@ from pathlib import Path as FilePath
 import jax
 import numpy as np
 
-from gradflow import init
+from gradflow import dynamics as dynamics_room, init
 from gradflow.data import Regression
-from gradflow.dynamics import AbstractDynamics, GradientDescent, GradientFlow, StochasticFlow
+from gradflow.describe import rebuild_regularizer
+from gradflow.dynamics import AbstractDynamics, FromOptax
 from gradflow.network import DeepLinear
 from gradflow.observables import resolve
 from gradflow.problem import Problem
-from gradflow.regularizers import InputNoise, LabelNoise, Minibatch, WeightDecay
+from gradflow.regularizers import AbstractRegularizer
 from gradflow.study.faults import Fault
 from gradflow.study.load import Study
 from gradflow.study.locate import Path
+from gradflow.study.order_tables import OrdersSpec
 from gradflow.study.quantities import QUANTITIES
 from gradflow.study.spec import RunSpec, StudySpec, TimeSeries
 from gradflow.study.tables import (
@@ -27,6 +29,7 @@ from gradflow.study.tables import (
     DataSpec,
     DynamicsSpec,
     FileData,
+    FromOptax as FromOptaxTable,
     GaussianInit,
     GivenWeights,
     MomentsData,
@@ -39,9 +42,7 @@ from gradflow.study.tables import (
 )
 from gradflow.types import Weights
 
-_DYNAMICS = {kind.__name__: kind for kind in (GradientFlow, GradientDescent, StochasticFlow)}
 _OF_ARRAYS = ("max_change", "agreement")
-_REGULARIZERS = {kind.__name__: kind for kind in (LabelNoise, InputNoise, WeightDecay, Minibatch)}
 
 
 @dataclass(frozen=True)
@@ -57,37 +58,92 @@ class PreparedRun:
     """Shapes of the observables at one time of one path."""
 
 
-def prepare(study: Study) -> tuple[PreparedRun, ...]:
+@dataclass(frozen=True)
+class PreparedOrders:
+    """One [[orders]] table, ready to be measured."""
+
+    spec: OrdersSpec
+    problem: Problem
+    network: DeepLinear
+    first: AbstractDynamics
+    second: AbstractDynamics
+    key: jax.Array
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a study carries out, in the order of the spec."""
+
+    runs: tuple[PreparedRun, ...]
+    orders: tuple[PreparedOrders, ...]
+
+
+def prepare(study: Study) -> Prepared:
     """Build everything a study needs, before anything is integrated.
 
     **Raises:** `SpecError` with the line of every table that cannot be built.
     """
-    faults: list[Fault] = []
-    prepared = []
-    for number, run in enumerate(study.spec.run):
-        at: Path = ("run", number)
-        place = _data_place(run, at)
-        try:
-            data = build_data(study.spec.data_of(run), study.path.parent)
-            place = _network_place(run, at)
-            network = build_network(study.spec.network_of(run))
-            _check_widths(network, data)
-            place = (*at, "regularizers")
-            regularizers = [build_regularizer(item) for item in run.regularizers]
-            problem = Problem(data, regularizers=regularizers)
-            place = (*at, "dynamics")
-            dynamics = build_dynamics(run.dynamics)
-            place = (*at, "observables")
-            shapes = observable_shapes(run, problem, network, dynamics)
-        except (ValueError, TypeError, OSError) as error:
-            faults.append(Fault(place, str(error)))
-            continue
-        key = run_key(study.spec, run)
-        prepared.append(PreparedRun(run, problem, network, dynamics, key, shapes))
-    faults += _entries(study.spec, {run.spec.name: run.shapes for run in prepared})
+    building = _Building(study)
+    runs = [building.run(run, ("run", i)) for i, run in enumerate(study.spec.run)]
+    orders = [building.orders(o, ("orders", i)) for i, o in enumerate(study.spec.orders)]
+    prepared = Prepared(
+        tuple(run for run in runs if run is not None), tuple(o for o in orders if o is not None)
+    )
+    shapes = {run.spec.name: run.shapes for run in prepared.runs}
+    faults = [*building.faults, *_entries(study.spec, shapes)]
     if faults:
         raise study.error(faults)
-    return tuple(prepared)
+    return prepared
+
+
+class _Building:
+    """Builds tables and remembers what was wrong, and where."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.faults: list[Fault] = []
+        self.place: Path = ()
+
+    def run(self, run: RunSpec, at: Path) -> PreparedRun | None:
+        """A run, or None and a fault."""
+        try:
+            problem, network = self._problem(run, at)
+            self.place = (*at, "dynamics")
+            dynamics = build_dynamics(run.dynamics)
+            self.place = (*at, "observables")
+            shapes = observable_shapes(run, problem, network, dynamics)
+        except (ValueError, TypeError, OSError) as error:
+            self.faults.append(Fault(self.place, str(error)))
+            return None
+        return PreparedRun(run, problem, network, dynamics, run_key(self.study.spec, run), shapes)
+
+    def orders(self, orders: OrdersSpec, at: Path) -> PreparedOrders | None:
+        """An [[orders]] table, or None and a fault."""
+        try:
+            problem, network = self._problem(orders, at)
+            self.place = (*at, "first")
+            first = build_dynamics(orders.first)
+            self.place = (*at, "second")
+            second = build_dynamics(orders.second)
+            self.place = at
+            if orders.replicas is None and any(d.is_random(problem) for d in (first, second)):
+                raise ValueError("compares random dynamics; give replicas, such as 10000")
+        except (ValueError, TypeError, OSError) as error:
+            self.faults.append(Fault(self.place, str(error)))
+            return None
+        key = run_key(self.study.spec, orders)
+        return PreparedOrders(orders, problem, network, first, second, key)
+
+    def _problem(self, table: RunSpec | OrdersSpec, at: Path) -> tuple[Problem, DeepLinear]:
+        spec = self.study.spec
+        self.place = _data_place(table, at)
+        data = build_data(spec.data_of(table), self.study.path.parent)
+        self.place = _network_place(table, at)
+        network = build_network(spec.network_of(table))
+        _check_widths(network, data)
+        self.place = (*at, "regularizers")
+        regularizers = [build_regularizer(item) for item in table.regularizers]
+        return Problem(data, regularizers=regularizers), network
 
 
 def build_data(spec: DataSpec, folder: FilePath) -> Regression:
@@ -129,13 +185,21 @@ def build_network(spec: NetworkSpec) -> DeepLinear:
 
 
 def build_dynamics(spec: DynamicsSpec) -> AbstractDynamics:
-    """The dynamics of a dynamics table."""
-    return _DYNAMICS[spec.kind](**spec.model_dump(exclude={"kind"}))
+    """The dynamics of a dynamics table.
+
+    **Raises:** `ValueError` for a name that optax does not have, or values that do not fit.
+    """
+    fields = dict(spec)
+    kind = fields.pop("kind")
+    for key, value in fields.items():
+        if isinstance(value, FromOptaxTable):
+            fields[key] = FromOptax(value.name, **(value.model_extra or {}))
+    return getattr(dynamics_room, kind)(**fields)
 
 
-def build_regularizer(spec: RegularizerSpec) -> LabelNoise | InputNoise | WeightDecay | Minibatch:
+def build_regularizer(spec: RegularizerSpec) -> AbstractRegularizer:
     """The regularizer of a regularizer table."""
-    return _REGULARIZERS[spec.kind](**spec.model_dump(exclude={"kind"}))
+    return rebuild_regularizer(spec.model_dump())
 
 
 def observable_shapes(
@@ -155,8 +219,8 @@ def observable_shapes(
     return {name: tuple(value.shape) for name, value in found.items()}
 
 
-def run_key(spec: StudySpec, run: RunSpec) -> jax.Array:
-    """The random key of a run.
+def run_key(spec: StudySpec, run: RunSpec | OrdersSpec) -> jax.Array:
+    """The random key of a run or an [[orders]] table.
 
     It depends on the study's seed and the run's name, not on its position, so adding a run changes
     no other; runs with equal seeds of their own share their noise.
@@ -208,13 +272,13 @@ def _optional_key(seed: int | None) -> jax.Array | None:
     return None if seed is None else jax.random.key(seed)
 
 
-def _data_place(run: RunSpec, at: Path) -> Path:
+def _data_place(run: RunSpec | OrdersSpec, at: Path) -> Path:
     if isinstance(run.data, str):
         return ("data",) if run.data == "default" else ("datasets", run.data)
     return (*at, "data")
 
 
-def _network_place(run: RunSpec, at: Path) -> Path:
+def _network_place(run: RunSpec | OrdersSpec, at: Path) -> Path:
     if isinstance(run.network, str):
         return ("network",) if run.network == "default" else ("networks", run.network)
     return (*at, "network")

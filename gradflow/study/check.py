@@ -8,30 +8,55 @@ from itertools import pairwise
 from gradflow.observables import BUILT_IN, DEFAULT
 from gradflow.study.faults import Fault, not_one_of, shown
 from gradflow.study.locate import Path
+from gradflow.study.order_tables import OrdersSpec
 from gradflow.study.quantities import QUANTITIES
 from gradflow.study.spec import (
     ClaimSpec,
     Conservation,
+    Orders,
     RunSpec,
     SaveSpec,
     Scaling,
     StudySpec,
     TimeSeries,
 )
-from gradflow.study.tables import BalancedInit, GradientDescent, GradientFlow, UnbalancedInit
+from gradflow.study.tables import WITHOUT_STEP, BalancedInit, GradientDescent, UnbalancedInit
+
+WEIGHTS = "weights"
+"""What an [[orders]] table calls the distance of the weights themselves."""
+
+_READ_WEIGHTS = {
+    "balancedness_change",
+    "balancedness_decay",
+    "diagonal_change",
+    "gd_identity",
+    "noether_decay",
+    "path_difference",
+}
+_EVERY_STEP = {"gd_identity", "noether_decay"}
+_RUN_OPTIONS = ("run", "runs", "component", "window", "times", "of", "parameter", "of_mean")
 
 
 def check(spec: StudySpec) -> list[Fault]:
     """Everything wrong with a spec whose single values are all allowed."""
     return [
+        *_something(spec),
         *_duplicates("run", [run.name for run in spec.run]),
+        *_duplicates("orders", [orders.name for orders in spec.orders]),
+        *_shared_names(spec),
         *_duplicates("figure", [figure.name for figure in spec.figure]),
         *_networks(spec),
         *(fault for i, run in enumerate(spec.run) for fault in _run(spec, run, ("run", i))),
+        *(fault for i, o in enumerate(spec.orders) for fault in _orders(spec, o, ("orders", i))),
         *_figures(spec),
         *(fault for i, c in enumerate(spec.claim) for fault in _claim(spec, c, ("claim", i))),
         *_short(spec),
     ]
+
+
+def _something(spec: StudySpec) -> Iterator[Fault]:
+    if not spec.run and not spec.orders:
+        yield Fault(("run",), "is missing; a study needs at least one [[run]] or [[orders]] table")
 
 
 def _duplicates(kind: str, names: list[str | None]) -> Iterator[Fault]:
@@ -41,6 +66,14 @@ def _duplicates(kind: str, names: list[str | None]) -> Iterator[Fault]:
             yield Fault((kind, i, "name"), message)
 
 
+def _shared_names(spec: StudySpec) -> Iterator[Fault]:
+    runs = {run.name for run in spec.run}
+    for i, orders in enumerate(spec.orders):
+        if orders.name in runs:
+            message = f"got {shown(orders.name)}, the name of a run; choose another"
+            yield Fault(("orders", i, "name"), message)
+
+
 # --- networks -----------------------------------------------------------------------------------
 
 
@@ -48,6 +81,7 @@ def _networks(spec: StudySpec) -> Iterator[Fault]:
     tables: list[tuple[Path, object]] = [(("network",), spec.network)]
     tables += [(("networks", name), table) for name, table in spec.networks.items()]
     tables += [(("run", i, "network"), run.network) for i, run in enumerate(spec.run)]
+    tables += [(("orders", i, "network"), o.network) for i, o in enumerate(spec.orders)]
     for at, table in tables:
         if not isinstance(table, BalancedInit | UnbalancedInit):
             continue
@@ -70,12 +104,28 @@ def _run(spec: StudySpec, run: RunSpec, at: Path) -> Iterator[Fault]:
         yield Fault(
             (*at, "steps"), f"got {run.steps} beside t1 = {run.t1:g}; give only one of them"
         )
-    if run.steps is not None and isinstance(run.dynamics, GradientFlow):
-        yield Fault((*at, "steps"), f"got {run.steps}; GradientFlow has no steps, give t1")
+    if run.steps is not None and isinstance(run.dynamics, WITHOUT_STEP):
+        kind = run.dynamics.kind
+        yield Fault((*at, "steps"), f"got {run.steps}; {kind} has no steps, give t1")
     yield from _save(run.save, run.t1, (*at, "save"))
     for i, name in enumerate(run.observables or ()):
         if name not in BUILT_IN:
             yield Fault((*at, "observables", i), not_one_of(name, BUILT_IN))
+
+
+def _orders(spec: StudySpec, orders: OrdersSpec, at: Path) -> Iterator[Fault]:
+    has_data, has_network = spec.data is not None, spec.network is not None
+    yield from _reference(orders.data, has_data, list(spec.datasets), "data", at)
+    yield from _reference(orders.network, has_network, list(spec.networks), "network", at)
+    if len(set(orders.step_sizes)) < len(orders.step_sizes):
+        message = f"got {shown(orders.step_sizes)}; allowed: different step sizes"
+        yield Fault((*at, "step_sizes"), message)
+    if max(orders.step_sizes) > orders.t1:
+        message = f"got {max(orders.step_sizes):g} above t1 = {orders.t1:g}"
+        yield Fault((*at, "step_sizes"), f"{message}; allowed: step sizes up to t1")
+    for i, name in enumerate(orders.observables):
+        if name not in (WEIGHTS, *BUILT_IN):
+            yield Fault((*at, "observables", i), not_one_of(name, (WEIGHTS, *BUILT_IN)))
 
 
 def _reference(
@@ -107,6 +157,9 @@ def _save(save: SaveSpec, t1: float | None, at: Path) -> Iterator[Fault]:
 def _figures(spec: StudySpec) -> Iterator[Fault]:
     names = [run.name for run in spec.run]
     for i, figure in enumerate(spec.figure):
+        if isinstance(figure, Orders):
+            yield from _orders_figure(spec, figure, ("figure", i))
+            continue
         for j, name in enumerate(figure.runs):
             if name not in names:
                 yield Fault(("figure", i, "runs", j), not_one_of(name, names, what="runs"))
@@ -122,6 +175,22 @@ def _figures(spec: StudySpec) -> Iterator[Fault]:
         for j, observable in enumerate(figure.observables):
             at = ("figure", i, "observables", j)
             yield from _recorded(observable, drawn, at)
+
+
+def _orders_figure(spec: StudySpec, figure: Orders, at: Path) -> Iterator[Fault]:
+    known = {orders.name: orders for orders in spec.orders}
+    if not known:
+        yield Fault(at, "draws [[orders]] tables, and the study has none; add one")
+    if figure.runs:
+        yield Fault((*at, "runs"), "is not used by this kind; give orders = [...]")
+    for j, name in enumerate(figure.orders):
+        if name not in known:
+            yield Fault((*at, "orders", j), not_one_of(name, known, what="[[orders]]"))
+    shown_tables = [known[name] for name in figure.orders or known if name in known]
+    measured = {name for orders in shown_tables for name in orders.observables}
+    for j, observable in enumerate(figure.observables):
+        if observable not in measured:
+            yield Fault((*at, "observables", j), not_one_of(observable, sorted(measured)))
 
 
 def _scaling(figure: Scaling, runs: list[RunSpec], at: Path) -> Iterator[Fault]:
@@ -158,6 +227,12 @@ def _recorded(observable: str, runs: list[RunSpec], at: Path) -> Iterator[Fault]
 def _claim(spec: StudySpec, claim: ClaimSpec, at: Path) -> Iterator[Fault]:
     needs = QUANTITIES[claim.quantity]
     name = claim.quantity
+    if needs.orders:
+        yield from _order_claim(spec, claim, at)
+        yield from _rule(claim, [], at)
+        return
+    if claim.orders is not None:
+        yield Fault((*at, "orders"), f"{name} is about runs; leave it out")
     known = {run.name: run for run in spec.run}
     if (claim.run is None) == (claim.runs is None):
         yield Fault(at, "needs either run or runs")
@@ -203,6 +278,23 @@ def _claim(spec: StudySpec, claim: ClaimSpec, at: Path) -> Iterator[Fault]:
     yield from _rule(claim, runs, at)
 
 
+def _order_claim(spec: StudySpec, claim: ClaimSpec, at: Path) -> Iterator[Fault]:
+    known = {orders.name: orders for orders in spec.orders}
+    for option in _RUN_OPTIONS:
+        if getattr(claim, option) not in (None, False):
+            yield Fault((*at, option), f"{claim.quantity} does not use {option}; leave it out")
+    if claim.orders is None:
+        yield Fault(at, f"{claim.quantity} needs orders, the name of an [[orders]] table")
+    elif claim.orders not in known:
+        yield Fault((*at, "orders"), not_one_of(claim.orders, known, what="[[orders]]"))
+    elif claim.observable is not None:
+        measured = known[claim.orders].observables
+        if claim.observable not in measured:
+            yield Fault((*at, "observable"), not_one_of(claim.observable, measured))
+    elif claim.quantity == "order_status" and len(known[claim.orders].observables) > 1:
+        yield Fault(at, "needs an observable: the [[orders]] table has several")
+
+
 def _inner_quantity(claim: ClaimSpec, of: str, at: Path) -> Iterator[Fault]:
     wants_prediction = claim.quantity == "predicted_ratio"
     fitting = [
@@ -239,19 +331,23 @@ def _parameter(parameter: str, runs: list[RunSpec], at: Path) -> Iterator[Fault]
 
 def _stored(claim: ClaimSpec, runs: list[RunSpec], at: Path, key: str) -> Iterator[Fault]:
     quantities = {claim.quantity, claim.of}
-    from_weights = quantities & {"balancedness_change", "balancedness_decay", "gd_identity"}
+    from_weights = quantities & _READ_WEIGHTS
     for run in runs:
         if from_weights and run.store_weights is False:
             message = f'run "{run.name}" has store_weights = false; {claim.quantity} reads weights'
             yield Fault((*at, key), message)
-        if "gd_identity" not in quantities:
+        if not quantities & _EVERY_STEP:
             continue
-        if not isinstance(run.dynamics, GradientDescent) or run.dynamics.momentum > 0:
-            message = f'run "{run.name}" is not plain GradientDescent; gd_identity holds only there'
+        if not isinstance(run.dynamics, GradientDescent) or (
+            "gd_identity" in quantities
+            and (run.dynamics.momentum > 0 or run.dynamics.optimizer is not None)
+        ):
+            which = "plain GradientDescent" if "gd_identity" in quantities else "GradientDescent"
+            message = f'run "{run.name}" is not {which}; {claim.quantity} holds only there'
             yield Fault((*at, key), message)
         elif run.steps is None or run.save.points != run.steps + 1 or run.save.spacing != "lin":
             message = (
-                f'run "{run.name}" does not save every step; gd_identity needs steps = K and '
+                f'run "{run.name}" does not save every step; {claim.quantity} needs steps = K and '
                 "save = { points = K + 1 }"
             )
             yield Fault((*at, key), message)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from gradflow.study.measures import MEASURES, Measurement
+from gradflow.study.measurement import Measurement
+from gradflow.study.measures import MEASURES
+from gradflow.study.order_measures import measure_order
 from gradflow.study.quantities import QUANTITIES
-from gradflow.study.results import ClaimResult, RunResult, Verdict
+from gradflow.study.results import ClaimResult, OrdersResult, RunResult, Verdict
 from gradflow.study.spec import ClaimSpec
 
 RESOLUTION = 0.5
@@ -15,28 +17,37 @@ RESOLUTION = 0.5
 
 
 def judge_all(
-    claims: Sequence[ClaimSpec], runs: Mapping[str, RunResult]
+    claims: Sequence[ClaimSpec],
+    runs: Mapping[str, RunResult],
+    orders: Mapping[str, OrdersResult],
 ) -> tuple[ClaimResult, ...]:
     """The verdict on every claim, in order."""
-    return tuple(judge(claim, runs) for claim in claims)
+    return tuple(judge(claim, runs, orders) for claim in claims)
 
 
-def judge(claim: ClaimSpec, runs: Mapping[str, RunResult]) -> ClaimResult:
+def judge(
+    claim: ClaimSpec,
+    runs: Mapping[str, RunResult],
+    orders: Mapping[str, OrdersResult] | None = None,
+) -> ClaimResult:
     """Measure what a claim is about and compare it with what the claim says.
 
     A claim fails when the value cannot be measured, and is undecided when the comparison cannot
     tell: an expected value that theory does not give, a missing standard error, or one so large
     that nearly every outcome would pass.
     """
-    missing = [name for name in claim.run_names if name not in runs]
-    unfinished = [
-        name for name in claim.run_names if name in runs and runs[name].trajectory.interrupted
-    ]
-    if missing or unfinished:
-        what = f'run "{(missing + unfinished)[0]}" did not reach its end'
+    tables = orders or {}
+    results: Mapping[str, RunResult | OrdersResult] = runs if claim.orders is None else tables
+    kind, names = ("run", claim.run_names) if claim.orders is None else ("orders", [claim.orders])
+    lost = [name for name in names if name not in results or results[name].interrupted]
+    if lost:
+        what = f'{kind} "{lost[0]}" did not reach its end'
         return _result(claim, Measurement(math.nan), claim.expected, "undecided", what)
     try:
-        measurement = MEASURES[claim.quantity](claim, [runs[name] for name in claim.run_names])
+        if claim.orders is not None:
+            measurement = measure_order(claim, tables[claim.orders])
+        else:
+            measurement = MEASURES[claim.quantity](claim, [runs[name] for name in names])
     except ValueError as error:
         return _result(claim, Measurement(math.nan), claim.expected, "fails", str(error))
     if QUANTITIES[claim.quantity].words:
@@ -55,6 +66,8 @@ def judge(claim: ClaimSpec, runs: Mapping[str, RunResult]) -> ClaimResult:
 def rule(claim: ClaimSpec) -> str:
     """The check of a claim in words."""
     if QUANTITIES[claim.quantity].words:
+        if QUANTITIES[claim.quantity].orders:
+            return f'"{claim.expected}"'
         tolerance = 0.05 if claim.tolerance is None else claim.tolerance
         return f'verdict "{claim.expected}" at {100 * tolerance:g}%'
     errors = "" if claim.standard_errors is None else _errors(claim.standard_errors)
@@ -145,7 +158,7 @@ def _result(
     return ClaimResult(
         sentence=claim.sentence,
         quantity=claim.quantity,
-        runs=tuple(claim.run_names),
+        runs=tuple(claim.run_names) if claim.orders is None else (claim.orders,),
         measured=measurement.value,
         measured_error=measurement.error,
         expected=expected,

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from gradflow.study.check import check
 from gradflow.study.faults import Fault, not_one_of, shown, suggestion
 from gradflow.study.locate import Lines, Path as KeyPath, syntax_error_line
+from gradflow.study.part import Part, take_part
 from gradflow.study.short import shorten
 from gradflow.study.spec import StudySpec
 from gradflow.study.tables import NAME
@@ -57,7 +58,9 @@ class Study:
         return SpecError(_render(self.path, self.lines, self.table, faults))
 
 
-def load_study(path: Path, *, short: bool = False, seed: int | None = None) -> Study:
+def load_study(
+    path: Path, *, short: bool = False, seed: int | None = None, part: Part = "study"
+) -> Study:
     """Read and validate a spec.
 
     **Arguments:**
@@ -65,6 +68,7 @@ def load_study(path: Path, *, short: bool = False, seed: int | None = None) -> S
     - `path`: a TOML file.
     - `short`: apply the overrides of `[short]`.
     - `seed`: use this seed in place of the spec's.
+    - `part`: keep the whole study, its runs or its [[orders]] tables.
 
     **Raises:** `SpecError` with one line an error: file, line, key, what was given, what is
     allowed.
@@ -94,6 +98,10 @@ def load_study(path: Path, *, short: bool = False, seed: int | None = None) -> S
         spec = shorten(spec)
     if seed is not None:
         spec = spec.model_copy(update={"seed": seed})
+    spec = take_part(spec, part)
+    if not spec.run and not spec.orders:
+        missing = "[[orders]]" if part == "orders" else "[[run]]"
+        raise SpecError(f"{path}: has no {missing} tables; add one, or use gradflow study")
     return Study(spec, path, text, lines, table, short)
 
 

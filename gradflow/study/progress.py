@@ -1,11 +1,11 @@
-"""What the terminal shows while runs are integrated."""
+"""What the terminal shows while the jobs of a study are carried out."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from rich.console import Console
 from rich.progress import (
@@ -17,24 +17,29 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from gradflow.study.results import RunResult
+from gradflow.study.order_tables import OrdersSpec
+from gradflow.study.results import OrdersResult, RunResult
 from gradflow.study.spec import RunSpec
 
 _STOPPING = "Ctrl-C: stopping, and keeping what was done ..."
 
 
+Job: TypeAlias = RunSpec | OrdersSpec
+"""A run or an [[orders]] table: something with a name that takes a while."""
+
+
 @runtime_checkable
 class Reporter(Protocol):
-    """Is told how the runs of a study get on, from the threads that carry them out."""
+    """Is told how the jobs of a study get on, from the thread that carries them out."""
 
-    def started(self, run: RunSpec) -> None:
-        """A run begins."""
+    def started(self, job: Job) -> None:
+        """A job begins."""
 
-    def advanced(self, run: RunSpec, done: float, total: float, message: str) -> None:
-        """A run has come from 0 to `done` of `total`."""
+    def advanced(self, job: Job, done: float, total: float, message: str) -> None:
+        """A job has come from 0 to `done` of `total`."""
 
-    def finished(self, result: RunResult, seconds: float) -> None:
-        """A run is over, at its end or interrupted."""
+    def finished(self, result: RunResult | OrdersResult, seconds: float) -> None:
+        """A job is over, at its end or interrupted."""
 
     def stopping(self) -> None:
         """Ctrl-C: runs end at their next report of progress."""
@@ -43,13 +48,13 @@ class Reporter(Protocol):
 class Silent:
     """Reports nothing."""
 
-    def started(self, run: RunSpec) -> None:
+    def started(self, job: Job) -> None:
         """Nothing."""
 
-    def advanced(self, run: RunSpec, done: float, total: float, message: str) -> None:
+    def advanced(self, job: Job, done: float, total: float, message: str) -> None:
         """Nothing."""
 
-    def finished(self, result: RunResult, seconds: float) -> None:
+    def finished(self, result: RunResult | OrdersResult, seconds: float) -> None:
         """Nothing."""
 
     def stopping(self) -> None:
@@ -57,21 +62,21 @@ class Silent:
 
 
 class Lines:
-    """One plain line for each finished run: for logs and pipes."""
+    """One plain line for each finished job: for logs and pipes."""
 
-    def __init__(self, console: Console, runs: Iterable[RunSpec]) -> None:
+    def __init__(self, console: Console, jobs: Iterable[Job]) -> None:
         self.console = console
-        self.total = len(list(runs))
+        self.total = len(list(jobs))
         self.done = 0
         self._lock = threading.Lock()
 
-    def started(self, run: RunSpec) -> None:
+    def started(self, job: Job) -> None:
         """Nothing."""
 
-    def advanced(self, run: RunSpec, done: float, total: float, message: str) -> None:
+    def advanced(self, job: Job, done: float, total: float, message: str) -> None:
         """Nothing."""
 
-    def finished(self, result: RunResult, seconds: float) -> None:
+    def finished(self, result: RunResult | OrdersResult, seconds: float) -> None:
         """Print the line."""
         with self._lock:
             self.done += 1
@@ -84,9 +89,9 @@ class Lines:
 
 
 class Bars:
-    """A progress bar for each run; use as a context manager."""
+    """A progress bar for each job; use as a context manager."""
 
-    def __init__(self, console: Console, runs: Iterable[RunSpec]) -> None:
+    def __init__(self, console: Console, jobs: Iterable[Job]) -> None:
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -97,8 +102,8 @@ class Bars:
             refresh_per_second=5,
         )
         self._tasks: dict[str, TaskID] = {
-            run.name: self._progress.add_task(run.title, start=False, total=None, message="waiting")
-            for run in runs
+            job.name: self._progress.add_task(job.title, start=False, total=None, message="waiting")
+            for job in jobs
         }
 
     def __enter__(self) -> Bars:
@@ -113,22 +118,22 @@ class Bars:
     ) -> None:
         self._progress.stop()
 
-    def started(self, run: RunSpec) -> None:
-        """Start the clock of the run's bar."""
-        self._progress.start_task(self._tasks[run.name])
-        self._progress.update(self._tasks[run.name], message="compiling")
+    def started(self, job: Job) -> None:
+        """Start the clock of the job's bar."""
+        self._progress.start_task(self._tasks[job.name])
+        self._progress.update(self._tasks[job.name], message="compiling")
 
-    def advanced(self, run: RunSpec, done: float, total: float, message: str) -> None:
-        """Move the run's bar."""
-        task = self._tasks[run.name]
+    def advanced(self, job: Job, done: float, total: float, message: str) -> None:
+        """Move the job's bar."""
+        task = self._tasks[job.name]
         self._progress.update(task, completed=done, total=total, message=message)
 
-    def finished(self, result: RunResult, seconds: float) -> None:
-        """Fill the run's bar and say how it ended."""
+    def finished(self, result: RunResult | OrdersResult, seconds: float) -> None:
+        """Fill the job's bar and say how it ended."""
         task = self._tasks[result.name]
         text = f"{outcome(result)} ({seconds:.1f} s)"
         self._progress.update(task, message=text)
-        if not result.trajectory.interrupted:
+        if not result.interrupted:
             self._progress.update(task, completed=1.0, total=1.0)
         self._progress.stop_task(task)
 
@@ -137,8 +142,10 @@ class Bars:
         self._progress.console.print(_STOPPING)
 
 
-def outcome(result: RunResult) -> str:
-    """How a run ended: `done`, `interrupted at t = 3.2`, `3 of 256 replicas diverged`."""
+def outcome(result: RunResult | OrdersResult) -> str:
+    """How a job ended: `done`, `interrupted at t = 3.2`, `3 of 256 replicas diverged`."""
+    if isinstance(result, OrdersResult):
+        return "interrupted" if result.interrupted else "done"
     trajectory = result.trajectory
     parts = []
     if trajectory.interrupted:

@@ -20,6 +20,7 @@ class Quantity:
         required: keys that must be given.
         reads: observables that the runs must record where the claim names none.
         words: the words `expected` takes in place of a number.
+        orders: whether it is about an [[orders]] table rather than runs.
     """
 
     meaning: str
@@ -30,6 +31,7 @@ class Quantity:
     required: frozenset[str] = frozenset()
     reads: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
+    orders: bool = False
 
 
 def _keys(*names: str) -> frozenset[str]:
@@ -84,6 +86,18 @@ QUANTITIES: dict[str, Quantity] = {
         "largest residual of the one-step identity of gradient descent for G_i "
         "(stored weights, every step saved)"
     ),
+    "diagonal_change": Quantity(
+        "largest change of a diagonal entry of G_i over layers, times and replicas (stored weights)"
+    ),
+    "noether_decay": Quantity(
+        "largest residual of J_i(k + 1) = momentum * J_i(k), relative (stored weights, every step "
+        "saved)"
+    ),
+    "path_difference": Quantity(
+        "largest difference of the weights of two runs over entries, times and replicas (stored "
+        "weights, the same saved times)",
+        runs=(2, 2),
+    ),
     "drift_ratio": Quantity(
         "measured change of the imbalance over the time integral of its exact expected drift",
         keys=_keys("window"),
@@ -114,5 +128,19 @@ QUANTITIES: dict[str, Quantity] = {
         observable="optional",
         keys=_keys("of", "parameter", "component", "window", "of_mean"),
         required=_keys("of", "parameter"),
+    ),
+    "order": Quantity(
+        "measured order of the distance between two dynamics, of an observable of an [[orders]] "
+        "table",
+        runs=(0, 0),
+        observable="optional",
+        orders=True,
+    ),
+    "order_status": Quantity(
+        "whether an [[orders]] table resolves the order of an observable",
+        runs=(0, 0),
+        observable="optional",
+        words=("resolved", "not resolved", "not asymptotic", "below resolution"),
+        orders=True,
     ),
 }

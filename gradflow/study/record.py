@@ -55,6 +55,13 @@ def status(result: StudyResult, study: Study) -> dict[str, Any]:
             }
             for name, run in result.runs.items()
         },
+        "orders": {
+            name: {
+                "status": "interrupted" if table.interrupted else "complete",
+                "notes": list(table.notes),
+            }
+            for name, table in result.orders.items()
+        },
         "errors": result.errors,
     }
 

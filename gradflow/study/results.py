@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from gradflow.analysis.orders import Orders
 from gradflow.analysis.phases import Phases
 from gradflow.analysis.predict import Prediction
 from gradflow.analysis.rates import Rate
+from gradflow.study.order_tables import OrdersSpec
 from gradflow.study.spec import RunSpec, StudySpec
 from gradflow.trajectory import Trajectory
 
@@ -42,6 +44,35 @@ class RunResult:
     prediction: Prediction | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run was stopped before its end."""
+        return self.trajectory.interrupted
+
+
+@dataclass(frozen=True)
+class OrdersResult:
+    """One [[orders]] table and what was measured.
+
+    Attributes:
+        name: its name in the spec.
+        label: its text for figures and tables.
+        spec: the table as it was carried out.
+        orders: the measured distances and orders.
+        notes: remarks for people.
+    """
+
+    name: str
+    label: str
+    spec: OrdersSpec
+    orders: Orders
+    notes: tuple[str, ...] = ()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was stopped before the last step size."""
+        return self.orders.interrupted
+
 
 @dataclass(frozen=True)
 class ClaimResult:
@@ -50,7 +81,7 @@ class ClaimResult:
     Attributes:
         sentence: the claim in words.
         quantity: what was measured.
-        runs: the names of the runs it was measured on.
+        runs: the names of the runs (or the [[orders]] table) it was measured on.
         measured: the value; NaN where it could not be measured.
         measured_error: its standard error, None where there is none.
         expected: the value it is compared with, None for a bound, a word for an agreement.
@@ -77,11 +108,12 @@ class StudyResult:
     Attributes:
         spec: the study as it was run.
         runs: results by run name, in the order of the spec.
+        orders: results of the [[orders]] tables by name, in the order of the spec.
         claims: verdicts in the order of the spec.
         out: the folder the study writes to.
         wall_time_s: seconds from start to the last verdict.
-        status: "interrupted" when Ctrl-C ended it, "failed" when a run broke.
-        errors: why, by the name of the run that broke.
+        status: "interrupted" when Ctrl-C ended it, "failed" when a job broke.
+        errors: why, by the name of the run or [[orders]] table that broke.
     """
 
     spec: StudySpec
@@ -91,6 +123,7 @@ class StudyResult:
     wall_time_s: float
     status: Literal["complete", "interrupted", "failed"] = "complete"
     errors: dict[str, str] = field(default_factory=dict)
+    orders: dict[str, OrdersResult] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:

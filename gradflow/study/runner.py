@@ -6,43 +6,48 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gradflow.analysis.orders import orders as measure_orders
 from gradflow.analysis.phases import phases
 from gradflow.analysis.predict import predict
 from gradflow.simulate import InterruptedWarning, simulate
-from gradflow.study.build import PreparedRun
+from gradflow.study.build import Prepared, PreparedOrders, PreparedRun
 from gradflow.study.claims import judge_all
 from gradflow.study.load import Study
-from gradflow.study.progress import Reporter, Silent, divergence
-from gradflow.study.results import RunResult, StudyResult
+from gradflow.study.progress import Job, Reporter, Silent, divergence
+from gradflow.study.results import OrdersResult, RunResult, StudyResult
 from gradflow.study.spec import StudySpec
 from gradflow.trajectory import Trajectory
 
 RUNS = "runs"
 """The folder of the NetCDF files inside a result folder."""
 
+ORDERS = "orders"
+"""The folder of the tables of distances inside a result folder."""
+
 _PATIENCE_S = 0.1
 
 
 def run_study(
     study: Study,
-    prepared: Sequence[PreparedRun],
+    prepared: Prepared,
     out: Path,
     *,
     reporter: Reporter | None = None,
     evaluate: bool = True,
 ) -> StudyResult:
-    """Integrate the runs of a study one after the other, and judge its claims.
+    """Carry out the runs of a study and its [[orders]] tables, and judge its claims.
 
-    Each trajectory is written to `out/runs/NAME.nc` as soon as its run is over. Ctrl-C ends the
-    runs at their next report of progress; what they have is kept and the result is "interrupted".
-    A run that breaks does not stop the others; it is listed in `errors` and the result is "failed".
+    Each trajectory is written to `out/runs/NAME.nc` and each table of distances to
+    `out/orders/NAME.csv` as soon as it is there. Ctrl-C ends the jobs at their next report of
+    progress; what they have is kept and the result is "interrupted". A job that breaks does not
+    stop the others; it is listed in `errors` and the result is "failed".
 
     **Arguments:**
 
@@ -54,10 +59,9 @@ def run_study(
     start = time.perf_counter()
     execution = _Execution(study.spec, out, reporter or Silent(), evaluate)
     execution.carry_out(prepared)
-    results = {run.spec.name: execution.results.get(run.spec.name) for run in prepared}
-    runs = {name: result for name, result in results.items() if result is not None}
+    runs, orders = execution.results, execution.orders
     is_interrupted = execution.stop.is_set()
-    claims = judge_all(study.spec.claim, runs) if evaluate and not is_interrupted else ()
+    claims = judge_all(study.spec.claim, runs, orders) if evaluate and not is_interrupted else ()
     return StudyResult(
         spec=study.spec,
         runs=runs,
@@ -66,11 +70,12 @@ def run_study(
         wall_time_s=time.perf_counter() - start,
         status="interrupted" if is_interrupted else "failed" if execution.errors else "complete",
         errors=execution.errors,
+        orders=orders,
     )
 
 
 class _Execution:
-    """The runs of one study on their way."""
+    """The jobs of one study on their way."""
 
     def __init__(self, spec: StudySpec, out: Path, reporter: Reporter, evaluate: bool) -> None:
         self.eps = spec.eps
@@ -85,17 +90,19 @@ class _Execution:
         self.evaluate = evaluate
         self.stop = threading.Event()
         self.results: dict[str, RunResult] = {}
+        self.orders: dict[str, OrdersResult] = {}
         self.errors: dict[str, str] = {}
         self.warnings: dict[int, list[str]] = {}  # by thread
 
-    def carry_out(self, prepared: Sequence[PreparedRun]) -> None:
-        """Carry out all runs, or until Ctrl-C.
+    def carry_out(self, prepared: Prepared) -> None:
+        """Carry out all jobs, or until Ctrl-C.
 
         They run in one thread beside the main one, which is left to hear Ctrl-C. Not in two: XLA's
         CPU client (jaxlib 0.10.2) can wait for ever when two threads execute programs at once.
         """
         with ThreadPoolExecutor(1) as pool, _warnings_go_to(self._keep_warning):
-            pending: set[Future[None]] = {pool.submit(self._one, run) for run in prepared}
+            pending: set[Future[None]] = {pool.submit(self._one, job) for job in prepared.runs}
+            pending |= {pool.submit(self._one, job) for job in prepared.orders}
             while pending:
                 try:
                     pending = wait(pending, timeout=_PATIENCE_S).not_done
@@ -106,32 +113,60 @@ class _Execution:
                         self.reporter.stopping()
                     self.stop.set()
 
-    def _one(self, prepared: PreparedRun) -> None:
+    def _one(self, prepared: PreparedRun | PreparedOrders) -> None:
         if self.stop.is_set():
             return
-        run, start = prepared.spec, time.perf_counter()
+        name, start = prepared.spec.name, time.perf_counter()
         self.warnings[threading.get_ident()] = []
-        self.reporter.started(run)
+        self.reporter.started(prepared.spec)
         try:
-            trajectory = self._simulate(prepared)
-            trajectory.save(self.out / RUNS / f"{run.name}.nc")
-            result = self._result(prepared, trajectory)
+            if isinstance(prepared, PreparedRun):
+                result = self.results[name] = self._run(prepared)
+            else:
+                result = self.orders[name] = self._measure(prepared)
         except KeyboardInterrupt:  # nothing was recorded yet
             return
         except Exception as error:
-            self.errors[run.name] = _reason(error)
+            self.errors[name] = _reason(error)
             return
-        self.results[run.name] = result
         self.reporter.finished(result, time.perf_counter() - start)
 
-    def _simulate(self, prepared: PreparedRun) -> Trajectory:
-        run = prepared.spec
+    def _run(self, prepared: PreparedRun) -> RunResult:
+        trajectory = self._simulate(prepared)
+        trajectory.save(self.out / RUNS / f"{prepared.spec.name}.nc")
+        return self._result(prepared, trajectory)
 
+    def _measure(self, prepared: PreparedOrders) -> OrdersResult:
+        spec = prepared.spec
+        measured = measure_orders(
+            prepared.problem,
+            prepared.network,
+            prepared.first,
+            prepared.second,
+            spec.step_sizes,
+            t1=spec.t1,
+            observables=spec.observables,
+            kind=spec.distance,
+            replicas=spec.replicas,
+            key=prepared.key,
+            progress=self._progress_of(spec),
+        )
+        folder = self.out / ORDERS
+        folder.mkdir(exist_ok=True)
+        measured.point_table().to_csv(folder / f"{spec.name}.csv", index=False)
+        notes = tuple(self.warnings[threading.get_ident()])
+        return OrdersResult(spec.name, spec.title, spec, measured, notes)
+
+    def _progress_of(self, job: Job) -> Callable[[float, float, str], None]:
         def progress(done: float, total: float, message: str) -> None:
             if self.stop.is_set():
                 raise KeyboardInterrupt
-            self.reporter.advanced(run, done, total, message)
+            self.reporter.advanced(job, done, total, message)
 
+        return progress
+
+    def _simulate(self, prepared: PreparedRun) -> Trajectory:
+        run = prepared.spec
         return simulate(
             prepared.problem,
             prepared.network,
@@ -144,7 +179,7 @@ class _Execution:
             spacing=run.save.spacing,
             observables=run.observables,
             store_weights=run.store_weights,
-            progress=progress,
+            progress=self._progress_of(run),
         )
 
     def _result(self, prepared: PreparedRun, trajectory: Trajectory) -> RunResult:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from gradflow.study.order_tables import OrdersSpec
 from gradflow.study.spec import RunSpec, SaveSpec, ShortSpec, StudySpec
 
 
 def shorten(spec: StudySpec) -> StudySpec:
     """Apply the overrides of `[short]`; claims with `short = false` are left out."""
     runs = [_shortened(run, spec.short) for run in spec.run]
+    orders = [_fewer_replicas(table, spec.short) for table in spec.orders]
     claims = [claim for claim in spec.claim if claim.short]
-    return spec.model_copy(update={"run": runs, "claim": claims})
+    return spec.model_copy(update={"run": runs, "orders": orders, "claim": claims})
+
+
+def _fewer_replicas(orders: OrdersSpec, short: ShortSpec) -> OrdersSpec:
+    if short.replicas is None or orders.replicas is None:
+        return orders
+    return orders.model_copy(update={"replicas": min(orders.replicas, short.replicas)})
 
 
 def _shortened(run: RunSpec, short: ShortSpec) -> RunSpec:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from gradflow.study.order_tables import OrdersSpec
 from gradflow.study.quantities import QUANTITIES
 from gradflow.study.tables import (
     NAME,
@@ -180,12 +181,25 @@ class Rates(FigureBase):
     )
 
 
+class Orders(FigureBase):
+    """Distance between two dynamics against the step size, on logarithmic axes."""
+
+    kind: Literal["orders"]
+    orders: list[Name] = Field(
+        default_factory=list, description="a list of names of [[orders]] tables (default: all)"
+    )
+    observables: list[str] = Field(
+        default_factory=list, description="a list of their observables (default: all)"
+    )
+
+
 FigureSpec = Annotated[
     Annotated[TimeSeries, Tag("kind=time_series")]
     | Annotated[PhasePortrait, Tag("kind=phase_portrait")]
     | Annotated[Conservation, Tag("kind=conservation")]
     | Annotated[Scaling, Tag("kind=scaling")]
-    | Annotated[Rates, Tag("kind=rates")],
+    | Annotated[Rates, Tag("kind=rates")]
+    | Annotated[Orders, Tag("kind=orders")],
     by("kind"),
 ]
 
@@ -203,6 +217,7 @@ class ClaimSpec(Section):
     )
     run: Name | None = Field(default=None, description="the name of a run")
     runs: list[Name] | None = Field(default=None, min_length=1, description="a list of run names")
+    orders: Name | None = Field(default=None, description="the name of an [[orders]] table")
     observable: str | None = Field(default=None, description="an observable the run records")
     component: list[int] | None = Field(
         default=None, description="indices of one entry of the observable"
@@ -229,7 +244,7 @@ class ClaimSpec(Section):
             Annotated[str, Tag("=name")] | Annotated[Finite, Tag("=number")], name_or("number")
         ]
         | None
-    ) = Field(default=None, description="a number, or 'predicted', 'agree', 'differ'")
+    ) = Field(default=None, description="a number, or a word such as 'predicted' or 'agree'")
     tolerance: NonNegative | None = Field(
         default=None, description="the largest |measured - expected| / |expected|, a number >= 0"
     )
@@ -306,21 +321,22 @@ class StudySpec(Section):
     networks: dict[Name, NetworkSpec] = Field(
         default_factory=dict, description="tables [networks.NAME] with an init"
     )
-    run: list[RunSpec] = Field(min_length=1, description="at least one [[run]]")
+    run: list[RunSpec] = Field(default_factory=list, description="[[run]] tables")
+    orders: list[OrdersSpec] = Field(default_factory=list, description="[[orders]] tables")
     figure: list[FigureSpec] = Field(default_factory=list, description="[[figure]] tables")
     claim: list[ClaimSpec] = Field(default_factory=list, description="[[claim]] tables")
     short: ShortSpec = Field(default_factory=ShortSpec, description="a [short] table")
 
-    def data_of(self, run: RunSpec) -> DataSpec:
-        """The data table of a run."""
+    def data_of(self, run: RunSpec | OrdersSpec) -> DataSpec:
+        """The data table of a run or an [[orders]] table."""
         found = run.data
         if isinstance(found, str):
             found = self.data if found == "default" else self.datasets[found]
         assert found is not None, "check.py reports runs without data"
         return found
 
-    def network_of(self, run: RunSpec) -> NetworkSpec:
-        """The network table of a run."""
+    def network_of(self, run: RunSpec | OrdersSpec) -> NetworkSpec:
+        """The network table of a run or an [[orders]] table."""
         found = run.network
         if isinstance(found, str):
             found = self.network if found == "default" else self.networks[found]

@@ -205,55 +205,153 @@ NetworkSpec = Annotated[
     by("init"),
 ]
 
-# --- dynamics and regularizers ------------------------------------------------------------------
+# --- dynamics -----------------------------------------------------------------------------------
+
+STEP_SIZE = "step size h, a number > 0"
+RTOL, ATOL = "relative tolerance, a number > 0", "absolute tolerance, a number > 0"
+STIFF = "true (implicit solver) or false"
+VELOCITY = "the velocity at the start in weight units a step: one matrix (d_i x d_{i-1}) a layer"
+SUBSTEPS = "grid steps of the Brownian path per h, at least 1"
 
 
 class GradientFlow(Section):
     """The ordinary differential equation dW/dt = -grad of the averaged loss."""
 
     kind: Literal["GradientFlow"]
-    rtol: Positive = Field(default=1e-8, description="relative tolerance, a number > 0")
-    atol: Positive = Field(default=1e-10, description="absolute tolerance, a number > 0")
-    stiff: bool = Field(default=False, description="true (implicit solver) or false")
+    rtol: Positive = Field(default=1e-8, description=RTOL)
+    atol: Positive = Field(default=1e-10, description=ATOL)
+    stiff: bool = Field(default=False, description=STIFF)
+    conservative: bool = Field(
+        default=False, description="true (Gauss-Legendre collocation, keeps every G_i) or false"
+    )
+
+
+class ExactFlow(Section):
+    """Gradient flow in closed form, where one is known."""
+
+    kind: Literal["ExactFlow"]
+
+
+class FromOptax(Section):
+    """Something of optax by its name, with its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    name: str = Field(min_length=1, description="the name of a function of optax, such as 'adam'")
 
 
 class GradientDescent(Section):
     """(Stochastic) gradient descent."""
 
     kind: Literal["GradientDescent"]
-    step_size: Positive = Field(description="step size h, a number > 0")
+    step_size: Annotated[
+        Annotated[Positive, Tag("=number")] | Annotated[FromOptax, Tag("=table")],
+        Discriminator(lambda value: "=table" if isinstance(value, dict | FromOptax) else "=number"),
+    ] = Field(
+        description=f"{STEP_SIZE}, or an optax schedule such as "
+        '{ name = "cosine_decay_schedule", init_value = 0.1, decay_steps = 1000 }'
+    )
     momentum: float = Field(default=0.0, ge=0, lt=1, description="a number in [0, 1)")
+    nesterov: bool = Field(default=False, description="true or false")
+    decay: Literal["coupled", "decoupled"] = Field(
+        default="coupled", description="'coupled' (weight decay in the gradient) or 'decoupled'"
+    )
+    optimizer: FromOptax | None = Field(
+        default=None, description='an optax optimizer such as { name = "adam", b1 = 0.9 }'
+    )
+    velocity: list[Matrix] | None = Field(default=None, description=VELOCITY)
+    path_substeps: Count = Field(default=1, description=SUBSTEPS)
+
+
+class SVAG(Section):
+    """Stochastic variance amplified gradient: from SGD (1) to its SDE (infinity)."""
+
+    kind: Literal["SVAG"]
+    step_size: Positive = Field(description=STEP_SIZE)
+    amplification: Count = Field(description="steps per h, a whole number l >= 1")
+    path_substeps: Count | None = Field(
+        default=None, description=f"{SUBSTEPS}, a multiple of amplification"
+    )
+
+
+class HeavyBallFlow(Section):
+    """The second-order differential equation of heavy-ball momentum."""
+
+    kind: Literal["HeavyBallFlow"]
+    step_size: Positive = Field(description=f"{STEP_SIZE}, of the descent it models")
+    momentum: float = Field(ge=0, lt=1, description="a number in [0, 1)")
+    rtol: Positive = Field(default=1e-8, description=RTOL)
+    atol: Positive = Field(default=1e-10, description=ATOL)
+    stiff: bool = Field(default=False, description=STIFF)
+    velocity: list[Matrix] | None = Field(default=None, description=VELOCITY)
+
+
+class ModifiedFlow(Section):
+    """The backward-error-analysis flow of gradient descent."""
+
+    kind: Literal["ModifiedFlow"]
+    step_size: Positive = Field(description=f"{STEP_SIZE}, of the descent it models")
+    order: Literal[2, 3] = Field(default=2, description="2 or 3")
+    rtol: Positive = Field(default=1e-8, description=RTOL)
+    atol: Positive = Field(default=1e-10, description=ATOL)
+    stiff: bool = Field(default=False, description=STIFF)
+
+
+class PrincipalFlow(Section):
+    """The flow that follows gradient descent exactly on quadratics."""
+
+    kind: Literal["PrincipalFlow"]
+    step_size: Positive = Field(description=f"{STEP_SIZE}, of the descent it models")
+    rtol: Positive = Field(default=1e-8, description=RTOL)
+    atol: Positive = Field(default=1e-10, description=ATOL)
 
 
 class StochasticFlow(Section):
     """The stochastic differential equation that models SGD."""
 
     kind: Literal["StochasticFlow"]
-    step_size: Positive = Field(description="step size h of the SGD it models, a number > 0")
+    step_size: Positive = Field(description=f"{STEP_SIZE}, of the SGD it models")
     order: Literal[1, 2] = Field(default=1, description="weak order, 1 or 2")
     substeps: Count = Field(default=8, description="integration steps per h, at least 1")
+    diffusion: Literal["auto", "closed", "sampled"] = Field(
+        default="auto",
+        description="'auto', 'closed' (low-rank factor) or 'sampled' (centred draws)",
+    )
 
 
 DynamicsSpec = Annotated[
     Annotated[GradientFlow, Tag("kind=GradientFlow")]
+    | Annotated[ExactFlow, Tag("kind=ExactFlow")]
     | Annotated[GradientDescent, Tag("kind=GradientDescent")]
+    | Annotated[SVAG, Tag("kind=SVAG")]
+    | Annotated[HeavyBallFlow, Tag("kind=HeavyBallFlow")]
+    | Annotated[ModifiedFlow, Tag("kind=ModifiedFlow")]
+    | Annotated[PrincipalFlow, Tag("kind=PrincipalFlow")]
     | Annotated[StochasticFlow, Tag("kind=StochasticFlow")],
     by("kind"),
 ]
+
+WITHOUT_STEP = (GradientFlow, ExactFlow)
+"""Dynamics without a step size, whose length is flow time."""
+
+# --- regularizers -------------------------------------------------------------------------------
+
+STD = "standard deviation, a number > 0"
+LAYERS = "a list of layers 1..N (default: all)"
 
 
 class LabelNoise(Section):
     """Fresh noise on the targets at every step."""
 
     kind: Literal["LabelNoise"]
-    std: Positive = Field(description="standard deviation, a number > 0")
+    std: Positive = Field(description=STD)
 
 
 class InputNoise(Section):
     """Fresh noise on the inputs at every step."""
 
     kind: Literal["InputNoise"]
-    std: Positive = Field(description="standard deviation, a number > 0")
+    std: Positive = Field(description=STD)
 
 
 class WeightDecay(Section):
@@ -272,10 +370,52 @@ class Minibatch(Section):
     reshuffled: bool = Field(default=False, description="true or false")
 
 
+Rate = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Dropout(Section):
+    """Random factors of mean 1 on the hidden activations of every sample."""
+
+    kind: Literal["Dropout"]
+    rate: Rate = Field(description="the fraction dropped, in (0, 1)")
+    distribution: Literal["bernoulli", "gaussian"] = Field(
+        default="bernoulli", description="'bernoulli' or 'gaussian'"
+    )
+    layers: list[Count] | None = Field(default=None, description=LAYERS)
+
+
+class DropConnect(Section):
+    """Every weight is dropped with some probability at every step."""
+
+    kind: Literal["DropConnect"]
+    rate: Rate = Field(description="the fraction dropped, in (0, 1)")
+    layers: list[Count] | None = Field(default=None, description=LAYERS)
+
+
+class WeightNoise(Section):
+    """Isotropic noise on the weights at every step."""
+
+    kind: Literal["WeightNoise"]
+    std: Positive = Field(description=STD)
+    anticorrelated: bool = Field(default=False, description="true (anti-PGD) or false")
+    layers: list[Count] | None = Field(default=None, description=LAYERS)
+
+
+class GradientNoise(Section):
+    """Isotropic noise on the gradient at every step."""
+
+    kind: Literal["GradientNoise"]
+    std: Positive = Field(description=STD)
+
+
 RegularizerSpec = Annotated[
     Annotated[LabelNoise, Tag("kind=LabelNoise")]
     | Annotated[InputNoise, Tag("kind=InputNoise")]
     | Annotated[WeightDecay, Tag("kind=WeightDecay")]
-    | Annotated[Minibatch, Tag("kind=Minibatch")],
+    | Annotated[Minibatch, Tag("kind=Minibatch")]
+    | Annotated[Dropout, Tag("kind=Dropout")]
+    | Annotated[DropConnect, Tag("kind=DropConnect")]
+    | Annotated[WeightNoise, Tag("kind=WeightNoise")]
+    | Annotated[GradientNoise, Tag("kind=GradientNoise")],
     by("kind"),
 ]

@@ -2,6 +2,8 @@
 
 from gradflow.theory.drift import (
     expected_balancedness_drift as expected_balancedness_drift,
+    flow_balancedness_drift as flow_balancedness_drift,
+    flow_imbalance_drift as flow_imbalance_drift,
     imbalance_drift as imbalance_drift,
 )
 from gradflow.theory.floor import (

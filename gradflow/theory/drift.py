@@ -4,43 +4,96 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from gradflow.dynamics.base import widths_of
 from gradflow.geometry.imbalance import gram_differences, squared_norms
 from gradflow.loss import pull_back
 from gradflow.network import DeepLinear, left_products, right_products
 from gradflow.problem import Problem
 from gradflow.theory.floor import total_decay
-from gradflow.theory.noise import noise_columns, noise_covariance
+from gradflow.theory.noise import (
+    check_outside,
+    gradient_noise_variances,
+    noise_columns,
+    noise_covariance,
+)
 from gradflow.types import Scalar, Weights
 
 TIED = 1e-6
 """Relative difference of squared norms below which two layers are tied."""
 
+INSTEAD = (
+    "follow the balancedness over replicas instead; flow_balancedness_drift gives that of the "
+    "averaged flow"
+)
+
 
 def expected_balancedness_drift(
-    problem: Problem, weights: Weights, step_size: ArrayLike, discrete: bool
+    problem: Problem,
+    weights: Weights,
+    step_size: ArrayLike,
+    discrete: bool,
+    *,
+    order: int = 1,
+    amplification: int = 1,
 ) -> list[Float[Array, "_ _"]]:
     r"""The expected change of every $G_i$ per unit of flow time at the weights.
 
     $$\frac{E\, dG_i}{dt} = -2 \lambda G_i
       + h\, [\bar g_{i+1}^\top \bar g_{i+1} - \bar g_i \bar g_i^\top]_\mathrm{discrete}
-      + h \sum_c (g_{c,i+1}^\top g_{c,i+1} - g_{c,i}\, g_{c,i}^\top)$$
+      + h \sum_c (g_{c,i+1}^\top g_{c,i+1} - g_{c,i}\, g_{c,i}^\top)
+      + h (v_{i+1} d_{i+1} - v_i d_{i-1})\, I$$
 
-    with $\bar g$ the averaged gradient (penalties included) and $g_c$ the columns of the diffusion
-    factor pulled back. Exact for one step of plain SGD (`discrete`) and for the generator of the
-    order-1 SDE; with $h = 0$ it is gradient flow (theory sections 3 to 6).
+    with $\bar g$ the averaged gradient (penalties included), $g_c$ the columns of the diffusion
+    factor of the data noise pulled back and $v_i$ the variance of the noise on the gradient. Exact
+    for one step of plain SGD (`discrete`) and for the generator of the SDE; with $h = 0$ it is
+    gradient flow (theory sections 3 to 6). Order 2 of the SDE has the second term too, and
+    $-2 h \lambda^2 G_i$. SVAG has $h / l$ in the second term.
+
+    **Arguments:**
+
+    - `problem`, `weights`: where.
+    - `step_size`: $h$ of the training.
+    - `discrete`: training itself, or its SDE.
+    - `order`: of the SDE, 1 or 2.
+    - `amplification`: $l$ of SVAG.
+
+    **Raises:** `ValueError` for noise inside the network, whose gradient is not that of an
+    end-to-end matrix.
     """
+    check_outside(problem, "expected_balancedness_drift", INSTEAD)
     h = jnp.asarray(step_size)
     rate = total_decay(problem)
+    widths = widths_of(weights)
+    variances = gradient_noise_variances(problem, len(weights))
     columns = jax.vmap(pull_back, in_axes=(None, 0))(weights, noise_columns(problem, weights))
     noise = jax.vmap(gram_differences)(columns)
-    drift = [
-        -2.0 * rate * g + h * jnp.sum(z, axis=0)
-        for g, z in zip(gram_differences(weights), noise, strict=True)
-    ]
-    if discrete:
+    balance = gram_differences(weights)
+    drift = []
+    for i, (g, z) in enumerate(zip(balance, noise, strict=True)):
+        isotropic = variances[i + 1] * widths[i + 2] - variances[i] * widths[i]
+        identity = jnp.eye(widths[i + 1], dtype=g.dtype)
+        drift.append(-2.0 * rate * g + h * (jnp.sum(z, axis=0) + isotropic * identity))
+    square, shrink = _mean_terms(h, discrete, order, amplification)
+    if square is not None:
         mean = gram_differences(problem.averaged_gradient(weights))
-        drift = [d + h * m for d, m in zip(drift, mean, strict=True)]
+        parts = zip(drift, mean, balance, strict=True)
+        drift = [d + square * m - shrink * rate**2 * g for d, m, g in parts]
     return drift
+
+
+def flow_balancedness_drift(weights: Weights, velocity: Weights) -> list[Float[Array, "_ _"]]:
+    r"""$\dot G_i$ of weights that move with the given velocity $V$, one array a layer.
+
+    $$\dot G_i = W_{i+1}^\top V_{i+1} + V_{i+1}^\top W_{i+1} - V_i W_i^\top - W_i V_i^\top.$$
+
+    With $V = -\nabla \bar L$ (`Problem.averaged_gradient`) this is gradient flow under every
+    regularizer. Noise on the data leaves $-2 \lambda G_i$; dropout and DropConnect conserve the
+    diagonals alone; noise on the weights of a network of depth 2 gives
+    $2 \sigma^2 (d_2 W_1 S W_1^\top - \mathrm{tr}(S)\, W_2^\top W_2)$ (theory section 5).
+    """
+    upper = [w.T @ v for w, v in zip(weights[1:], velocity[1:], strict=True)]
+    lower = [v @ w.T for w, v in zip(weights[:-1], velocity[:-1], strict=True)]
+    return [a + a.T - b - b.T for a, b in zip(upper, lower, strict=True)]
 
 
 def layer_drifts(
@@ -49,27 +102,38 @@ def layer_drifts(
     step_size: ArrayLike,
     discrete: bool,
     extra: Float[Array, "outputs outputs"] | None = None,
+    *,
+    order: int = 1,
+    amplification: int = 1,
 ) -> Float[Array, " depth"]:
     r"""Expected $d|W_i|^2/dt$ of every layer, up to the part that all layers share, `(N,)`.
 
     Differences between layers are the traces of `expected_balancedness_drift`. `extra` is added
     to the covariance of the noise on $M$, e.g. the stationary covariance of $M$ itself.
+
+    **Raises:** `ValueError` for noise inside the network.
     """
+    check_outside(problem, "layer_drifts", INSTEAD)
     h = jnp.asarray(step_size)
+    rate = total_decay(problem)
+    norms = squared_norms(DeepLinear(weights))
     covariance = noise_covariance(problem, weights)
     if extra is not None:
         covariance = covariance + extra
     lefts, rights = left_products(weights), right_products(weights)
+    variances = gradient_noise_variances(problem, len(weights))
     noise = jnp.stack(
         [
-            jnp.sum(covariance * jnp.kron(a @ a.T, b.T @ b))
-            for a, b in zip(lefts, rights, strict=True)
+            jnp.sum(covariance * jnp.kron(a @ a.T, b.T @ b)) + v * w.size
+            for a, b, v, w in zip(lefts, rights, variances, weights, strict=True)
         ]
     )
-    drift = -2.0 * total_decay(problem) * squared_norms(DeepLinear(weights)) + h * noise
-    if discrete:
+    drift = -2.0 * rate * norms + h * noise
+    square, shrink = _mean_terms(h, discrete, order, amplification)
+    if square is not None:
         mean = problem.averaged_gradient(weights)
-        drift = drift + h * jnp.stack([jnp.sum(g * g) for g in mean])
+        squares = jnp.stack([jnp.sum(g * g) for g in mean])
+        drift = drift + square * squares - shrink * rate**2 * norms
     return drift
 
 
@@ -79,14 +143,43 @@ def imbalance_drift(
     step_size: ArrayLike,
     discrete: bool,
     extra: Float[Array, "outputs outputs"] | None = None,
+    *,
+    order: int = 1,
+    amplification: int = 1,
 ) -> Scalar:
     r"""The expected $dD/dt$: the drift of $|W_i|^2 - |W_j|^2$ for the pair that attains $D(W)$.
 
     Among layers tied up to rounding for the largest (smallest) norm the one that grows most
     (shrinks most) counts, as it does a moment later.
+
+    **Raises:** `ValueError` for noise inside the network.
     """
+    check_outside(problem, "imbalance_drift", INSTEAD)
+    options = {"order": order, "amplification": amplification}
+    drift = layer_drifts(problem, weights, step_size, discrete, extra, **options)
+    return _drift_of_largest(weights, drift)
+
+
+def flow_imbalance_drift(weights: Weights, velocity: Weights) -> Scalar:
+    r"""$dD/dt$ of weights that move with the given velocity, one array a layer.
+
+    That of the pair that attains $D(W)$, as in `imbalance_drift`.
+    """
+    drift = jnp.stack([2.0 * jnp.sum(w * v) for w, v in zip(weights, velocity, strict=True)])
+    return _drift_of_largest(weights, drift)
+
+
+def _mean_terms(
+    h: Scalar, discrete: bool, order: int, amplification: int
+) -> tuple[Scalar | None, Scalar]:
+    r"""The factors of the square of the mean gradient and of $-\lambda^2 G_i$."""
+    if discrete:
+        return h / amplification, jnp.zeros_like(h)
+    return (h, 2.0 * h) if order == 2 else (None, jnp.zeros_like(h))
+
+
+def _drift_of_largest(weights: Weights, drift: Float[Array, " depth"]) -> Scalar:
     norms = squared_norms(DeepLinear(weights))
-    drift = layer_drifts(problem, weights, step_size, discrete, extra)
     top, bottom = jnp.max(norms), jnp.min(norms)
     near = TIED * top
     growing = jnp.max(jnp.where(norms >= top - near, drift, -jnp.inf))

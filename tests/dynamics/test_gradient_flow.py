@@ -60,6 +60,24 @@ def test_conserves_every_balancedness(widths: tuple[int, ...]):
         np.testing.assert_allclose(g, np.broadcast_to(g[0], g.shape), rtol=0.0, atol=1e-10)
 
 
+def test_conservative_flow_conserves_to_rounding_and_agrees():
+    widths = SHAPES[2]
+    dynamics = gf.GradientFlow(rtol=1e-9, atol=1e-11, conservative=True)
+    run = gf.simulate(
+        problem_of(widths),
+        [network_of(widths), gf.DeepLinear([1.5 * w for w in network_of(widths).weights])],
+        dynamics,
+        t1=4.0,
+        save=TIMES,
+        observables=["loss"],
+        progress=False,
+    )
+    for g in training.gram_path(run.weights):
+        np.testing.assert_allclose(g, np.broadcast_to(g[:, :1], g.shape), rtol=0.0, atol=1e-13)
+    for actual, explicit in zip(run.weights, tight_run(widths).weights, strict=True):
+        np.testing.assert_allclose(actual[0], explicit, rtol=0.0, atol=1e-7)
+
+
 def test_composes_in_time():
     whole = tight_run(SHAPES[1])
     middle = whole.network(2)
@@ -250,6 +268,16 @@ def test_a_start_that_overflows_is_given_up_and_leaves_the_others_alone():
             {"solver": diffrax.Tsit5(), "stiff": True},
             ValueError,
             "stiff=True .* solver=Tsit5 was given; set only one",
+        ),
+        (
+            {"solver": diffrax.Tsit5(), "conservative": True},
+            ValueError,
+            "conservative=True .* solver=Tsit5 was given; set only one",
+        ),
+        (
+            {"stiff": True, "conservative": True},
+            ValueError,
+            "conservative=True .* stiff=True was given; set only one",
         ),
         ({"solver": diffrax.Euler()}, TypeError, r"error estimate, such as .*; got Euler"),
     ],

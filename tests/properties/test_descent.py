@@ -11,6 +11,7 @@ from compiled import draws, sampled_gradients
 from reference import assert_close, balancedness, scale
 
 import gradflow as gf
+import gradflow.testing as gt
 from gradflow.streams import Stream
 
 X = np.array([[1.0, 0.3], [-0.5, 1.2], [0.7, -0.8], [0.2, 0.9]])
@@ -139,16 +140,12 @@ def test_a_full_batch_without_replacement_is_descent(reshuffled):
         assert_close(layers_at(stochastic, path, k), expected, scale(expected), 1e-14)
 
 
-def test_hidden_units_without_weights_stay_without():
-    narrow = network((2, 2, 2))
-    wide = gf.DeepLinear(
-        [np.pad(narrow.weights[0], ((0, 1), (0, 0))), np.pad(narrow.weights[1], ((0, 0), (0, 1)))]
-    )
-    problem = gf.Problem(DATA, [gf.Minibatch(2), gf.WeightDecay(0.1)])
-    small, large = descend(problem, narrow, 20), descend(problem, wide, 20)
-    assert_close([large.weights[0][:, :2]], [small.weights[0]], 1.0)
-    assert_close([large.weights[1][:, :, :2]], [small.weights[1]], 1.0)
-    assert not np.any(large.weights[0][:, 2]) and not np.any(large.weights[1][:, :, 2])
+@pytest.mark.parametrize("name", ["zero_padding", "hidden_rotations"])
+def test_paths_of_sgd_follow_changes_of_the_hidden_layer(name):
+    """Units without weights stay without, and rotated units stay rotated: no noise sees them."""
+    problem = gf.Problem(DATA, [gf.Minibatch(2), gf.LabelNoise(0.3), gf.WeightDecay(0.1)])
+    descent, key = gf.GradientDescent(H), jax.random.key(3)
+    gt.assert_equivariant(descent, name, network((2, 2, 2)), problem, t1=20 * H, key=key)
 
 
 def test_imbalance_of_scalar_layers_shrinks_by_its_factor():

@@ -8,9 +8,10 @@ import reference
 from compiled import compiled, evaluate
 from hypothesis import given, strategies as st
 from reference import as_numpy, assert_close, balancedness, scale
-from strategies import cases, data, networks, numbers, populations, regularizers, samples
+from strategies import cases, networks
 
 import gradflow as gf
+import gradflow.testing as gt
 from gradflow.loss import pull_back
 from gradflow.streams import Stream
 
@@ -55,7 +56,7 @@ def test_neighbouring_gradients_are_paired(case):
 def test_pairing_holds_for_every_end_to_end_gradient(given_):
     net = given_.draw(networks(min_depth=2))
     shape = (net.widths[-1], net.widths[0])
-    m = np.reshape([given_.draw(numbers()) for _ in range(shape[0] * shape[1])], shape)
+    m = given_.draw(gt.matrices(*shape))
     assert_noether(net.weights, pull_back(net.weights, jnp.asarray(m)))
 
 
@@ -92,24 +93,26 @@ def drawn_gradient(problem, net, seed):
     return problem.sampled_gradient(net.weights, first)
 
 
+SAMPLES = {"population": False, "n": 4}
+POPULATIONS = {"population": True, "whitened": False}
+
 NOISES = {
-    "labels": (samples, [gf.LabelNoise(0.5)]),
-    "inputs": (samples, [gf.InputNoise(0.5)]),
-    "batch": (samples, [gf.Minibatch(2, replacement=True)]),
-    "epochs": (samples, [gf.Minibatch(1, reshuffled=True), gf.LabelNoise(0.2)]),
-    "all": (samples, [gf.InputNoise(0.3), gf.Minibatch(1), gf.LabelNoise(0.5)]),
-    "population": (populations, [gf.InputNoise(0.3), gf.LabelNoise(0.5)]),
-    "online": (populations, [gf.Minibatch(2), gf.LabelNoise(0.5), gf.InputNoise(0.3)]),
+    "labels": (SAMPLES, [gf.LabelNoise(0.5)]),
+    "inputs": (SAMPLES, [gf.InputNoise(0.5)]),
+    "batch": (SAMPLES, [gf.Minibatch(2, replacement=True)]),
+    "epochs": (SAMPLES, [gf.Minibatch(1, reshuffled=True), gf.LabelNoise(0.2)]),
+    "all": (SAMPLES, [gf.InputNoise(0.3), gf.Minibatch(1), gf.LabelNoise(0.5)]),
+    "population": (POPULATIONS, [gf.InputNoise(0.3), gf.LabelNoise(0.5)]),
+    "online": (POPULATIONS, [gf.Minibatch(2), gf.LabelNoise(0.5), gf.InputNoise(0.3)]),
 }
 
 
 @pytest.mark.parametrize("name", NOISES)
-@given(given_=st.data(), h=STEPS, rate=RATES, seed=st.integers(0, 2**31))
+@given(given_=st.data(), h=STEPS, rate=RATES, seed=gt.seeds())
 def test_one_step_of_sgd_obeys_the_identity_on_every_path(name, given_, h, rate, seed):
     kind, noises = NOISES[name]
     net = given_.draw(networks((3, 1, 2) if name in ("all", "online") else (1, 2, 2, 3, 2)))
-    options = {"rows": 4} if kind is samples else {}
-    drawn = given_.draw(kind(net.widths[0], net.widths[-1], **options))
+    drawn = given_.draw(gt.data(net.widths[0], net.widths[-1], **kind))
     problem = gf.Problem(drawn, [*noises, gf.WeightDecay(rate)])
     total = as_numpy(drawn_gradient(problem, net, jnp.asarray(seed)))
     pure = [g - rate * np.asarray(w) for g, w in zip(total, net.weights, strict=True)]
@@ -121,8 +124,9 @@ def test_one_step_of_sgd_obeys_the_identity_on_every_path(name, given_, h, rate,
 def test_averaged_loss_and_gradient_of_every_combination(given_):
     """L(S + sigma^2 I) + rate/2 |W|^2, whatever the order; its gradient by complex steps."""
     net = given_.draw(networks((3, 1, 2)))
-    drawn = given_.draw(data(3, 2))
-    chosen = given_.draw(regularizers(drawn))
+    drawn = given_.draw(gt.data(3, 2))
+    kinds = ["WeightDecay", "LabelNoise", "InputNoise", "Minibatch"]
+    chosen = given_.draw(gt.regularizers(drawn, kinds))
     problem = gf.Problem(drawn, chosen)
     rate = sum(float(r.rate) for r in chosen if isinstance(r, gf.WeightDecay))
     variance = sum(float(r.std) ** 2 for r in chosen if isinstance(r, gf.InputNoise))

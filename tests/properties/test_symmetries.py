@@ -1,136 +1,86 @@
-"""Symmetries of loss, gradient and imbalance, on random networks and data."""
+"""Symmetries of loss, gradient, imbalance and training, on random networks and data."""
 
+import jax
 import numpy as np
+import pytest
 from compiled import evaluate, per_sample_gradients
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from reference import as_numpy, assert_close, scale
-from strategies import (
-    ROWS,
-    cases,
-    invertible,
-    networks,
-    orthogonal,
-    samples,
-    whitened,
-)
+from strategies import cases, samples, whitened
 
 import gradflow as gf
+import gradflow.testing as gt
 
 
-def transformed(net, changes):
-    """W_i -> C_i W_i C_{i-1}^{-1}."""
-    weights = as_numpy(net.weights)
-    return gf.DeepLinear(
-        [
-            after @ w @ np.linalg.inv(before)
-            for w, before, after in zip(weights, changes[:-1], changes[1:], strict=True)
-        ]
-    )
+def loss(net, data):
+    return evaluate(net, data).loss
 
 
-def rotated(data, inputs, outputs):
-    """The data of x -> inputs x, y -> outputs y."""
-    if data.x is not None:
-        return gf.Regression.from_samples(data.x @ inputs.T, data.y @ outputs.T)
-    sxx, syx, syy = as_numpy((data.sxx, data.syx, data.syy))
-    return gf.Regression.from_moments(
-        inputs @ sxx @ inputs.T, outputs @ syx @ inputs.T, outputs @ syy @ outputs.T
-    )
+def gradient(net, data):
+    return evaluate(net, data).gradient
 
 
-@given(st.data())
-def test_gradient_is_equivariant_under_rotations_of_every_layer(given_):
-    net, data = given_.draw(cases())
-    turns = [given_.draw(orthogonal(d)) for d in net.widths]
-    moved = transformed(net, turns)
-    before = evaluate(net, data)
-    after = evaluate(moved, rotated(data, turns[0], turns[-1]))
-    expected = [
-        q @ np.asarray(g) @ p.T
-        for g, p, q in zip(before.gradient, turns[:-1], turns[1:], strict=True)
-    ]
-    size = scale(net.weights, expected, [data.sxx, data.syx, data.syy])
-    assert_close(after.gradient, expected, size)
-    assert_close([after.loss], [before.loss], size)
-    conjugated = [
-        q @ np.asarray(g) @ q.T for g, q in zip(before.balancedness, turns[1:-1], strict=True)
-    ]
-    assert_close(after.balancedness, conjugated, size)
-    assert_close([after.imbalance], [before.imbalance], size)
+def imbalance(net, data):
+    return evaluate(net, data).imbalance
 
 
-@given(st.data())
-def test_loss_is_invariant_under_changes_of_hidden_basis(given_):
-    net, data = given_.draw(cases(min_depth=2))
-    identity = [np.eye(net.widths[0]), np.eye(net.widths[-1])]
-    hidden = [given_.draw(invertible(d)) for d in net.widths[1:-1]]
-    changes = [identity[0], *hidden, identity[1]]
-    moved = transformed(net, changes)
-    before, after = evaluate(net, data), evaluate(moved, data)
-    expected = [
-        np.linalg.inv(s).T @ np.asarray(g) @ r.T
-        for g, r, s in zip(before.gradient, changes[:-1], changes[1:], strict=True)
-    ]
-    size = scale(net.weights, moved.weights, expected, before.gradient, [data.sxx, data.syy])
-    assert_close([after.loss], [before.loss], size)
-    assert_close(after.gradient, expected, size)
+@pytest.mark.parametrize("name", ["rotations", "hidden_changes", "input_scaling", "homogeneity"])
+@given(case=cases(), seed=gt.seeds())
+def test_loss_and_gradient_follow(name, case, seed):
+    """Orthogonal and general changes of basis, x -> a x with W_1 -> W_1/a, y -> k^N y."""
+    gt.assert_equivariant(loss, name, *case, seed=seed)
+    gt.assert_equivariant(gradient, name, *case, seed=seed)
+
+
+@pytest.mark.parametrize("name", ["zero_padding", "identity_layer"])
+@given(given_=st.data(), seed=st.integers(0, 3))
+def test_loss_and_gradient_follow_more_units_and_layers(name, given_, seed):
+    shape = given_.draw(st.sampled_from([(1, 1), (3, 1, 2), (2, 3, 2, 1)]))
+    net = given_.draw(gt.networks(widths=shape))
+    data = given_.draw(samples(shape[0], shape[-1], rows=2))
+    gt.assert_equivariant(loss, name, net, data, seed=seed)
+    gt.assert_equivariant(gradient, name, net, data, seed=seed)
+
+
+@given(cases(kind=whitened), gt.seeds())
+def test_loss_and_gradient_follow_reversal_on_whitened_data(case, seed):
+    gt.assert_equivariant(loss, "reversal", *case, seed=seed)
+    gt.assert_equivariant(gradient, "reversal", *case, seed=seed)
 
 
 @given(cases(kind=whitened))
-def test_reversal_is_a_duality_on_whitened_data(case):
+def test_reversal_turns_balancedness_around(case):
+    net, _ = case
+    mirrored = gf.DeepLinear([w.T for w in reversed(net.weights)])
+    expected = [-np.asarray(g) for g in reversed(gf.balancedness(net))]
+    assert_close(gf.balancedness(mirrored), expected, scale(net.weights))
+
+
+@given(cases(), gt.seeds())
+def test_imbalance_is_invariant_under_rotations(case, seed):
+    gt.assert_equivariant(imbalance, "rotations", *case, seed=seed)
+
+
+@given(cases(), gt.seeds())
+def test_balancedness_turns_with_the_hidden_layers(case, seed):
     net, data = case
-    reversed_net = gf.DeepLinear([w.T for w in reversed(net.weights)])
-    mirrored = gf.Regression.from_moments(
-        np.eye(data.d_out), data.syx.T, np.asarray(data.syx.T @ data.syx)
-    )
-    original = gf.Regression.from_moments(
-        np.eye(data.d_in), data.syx, np.asarray(data.syx @ data.syx.T)
-    )
-    before, after = evaluate(net, original), evaluate(reversed_net, mirrored)
-    size = scale(net.weights, before.gradient, [data.syx])
-    assert_close([after.loss], [before.loss], size)
-    assert_close(after.gradient, [np.asarray(g).T for g in before.gradient[::-1]], size)
-    assert_close(after.balancedness, [-np.asarray(g) for g in before.balancedness[::-1]], size)
-
-
-@given(cases(), st.sampled_from([0.5, 2.0, -3.0, 0.1]))
-def test_scaling_inputs_against_the_first_layer_keeps_the_loss(case, a):
-    net, data = case
-    first, *rest = net.weights
-    stretch, one = a * np.eye(data.d_in), np.eye(data.d_out)
-    before = evaluate(net, data)
-    after = evaluate(gf.DeepLinear([first / a, *rest]), rotated(data, stretch, one))
-    expected = [np.asarray(g) * (a if i == 0 else 1.0) for i, g in enumerate(before.gradient)]
-    size = scale(net.weights, [first / a], expected, [data.sxx * a**2, data.syy])
-    assert_close([after.loss], [before.loss], size)
-    assert_close(after.gradient, expected, size)
-
-
-@given(cases(), st.sampled_from([0.5, 2.0, -3.0]))
-def test_loss_is_homogeneous_in_weights_and_targets(case, k):
-    net, data = case
-    power = k**net.depth
-    before = evaluate(net, data)
-    after = evaluate(
-        gf.DeepLinear([k * w for w in net.weights]),
-        rotated(data, np.eye(data.d_in), power * np.eye(data.d_out)),
-    )
-    expected = [k ** (2 * net.depth - 1) * np.asarray(g) for g in before.gradient]
-    assert_close([after.loss], [power**2 * before.loss], scale([expected[0], power**2 * data.syy]))
-    assert_close(after.gradient, expected, scale(expected, [power**2 * data.syy]))
+    turns = [np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0] for d in net.widths]
+    moved = gf.DeepLinear(gt.change_of_basis("turns", turns).layers(as_numpy(net.weights)))
+    before = evaluate(net, data).balancedness
+    expected = [q @ np.asarray(g) @ q.T for g, q in zip(before, turns[1:-1], strict=True)]
+    assert_close(evaluate(moved, data).balancedness, expected, scale(net.weights))
 
 
 @given(st.data())
 def test_order_of_samples_does_not_matter(given_):
     net, data = given_.draw(cases(kind=samples))
+    seed = given_.draw(gt.seeds())
+    gt.assert_equivariant(loss, "sample_permutation", net, data, seed=seed)
+    gt.assert_equivariant(gradient, "sample_permutation", net, data, seed=seed)
     order = np.array(given_.draw(st.permutations(range(data.x.shape[0]))))
     shuffled = gf.Regression.from_samples(data.x[order], data.y[order])
-    before, after = evaluate(net, data), evaluate(net, shuffled)
-    size = scale(net.weights, before.gradient, [data.x, data.y])
-    assert_close([after.loss], [before.loss], size)
-    assert_close(after.gradient, before.gradient, size)
     each, moved = per_sample_gradients(net, data), per_sample_gradients(net, shuffled)
-    assert_close(moved, [g[order] for g in each], size)
+    assert_close(moved, [g[order] for g in each], scale(net.weights, *each, [data.x, data.y]))
 
 
 @given(cases(kind=samples))
@@ -141,31 +91,25 @@ def test_gradient_is_the_mean_of_the_gradients_of_the_samples(case):
     assert_close(evaluate(net, data).gradient, mean, scale(net.weights, mean, [data.x, data.y]))
 
 
-@given(st.data())
-def test_hidden_units_without_weights_change_nothing(given_):
-    shape = given_.draw(st.sampled_from([(1, 1, 1), (3, 1, 2), (2, 3, 2, 1)]))
-    net = given_.draw(networks(shape))
-    data = given_.draw(samples(shape[0], shape[-1], rows=ROWS[0]))
-    last = net.depth - 1
-    margins = [((0, int(i < last)), (0, int(i > 0))) for i in range(net.depth)]
-    padded = gf.DeepLinear([np.pad(w, m) for w, m in zip(net.weights, margins, strict=True)])
-    before, after = evaluate(net, data), evaluate(padded, data)
-    expected = [np.pad(np.asarray(g), m) for g, m in zip(before.gradient, margins, strict=True)]
-    size = scale(net.weights, expected, [data.x, data.y])
-    assert_close([after.loss], [before.loss], size)
-    assert_close(after.gradient, expected, size)
-    assert_close([after.imbalance], [before.imbalance], size)
+WALKS = ("rotations", "homogeneity", "reversal")
 
 
-@given(st.data())
-def test_an_identity_layer_changes_no_loss(given_):
-    shape = given_.draw(st.sampled_from([(1, 1), (3, 1, 2)]))
-    net = given_.draw(networks(shape))
-    data = given_.draw(samples(shape[0], shape[-1], rows=ROWS[0]))
-    place = given_.draw(st.integers(0, net.depth))
-    layers = [*net.weights[:place], np.eye(shape[place]), *net.weights[place:]]
-    before, after = evaluate(net, data), evaluate(gf.DeepLinear(layers), data)
-    size = scale(net.weights, before.gradient, [data.x, data.y])
-    assert_close([after.loss], [before.loss], size)
-    others = [*after.gradient[:place], *after.gradient[place + 1 :]]
-    assert_close(others, before.gradient, size)
+@pytest.mark.parametrize("name", WALKS)
+@settings(max_examples=5)
+@given(given_=st.data(), seed=gt.seeds())
+def test_training_follows(name, given_, seed):
+    """Flow and descent commute with every transformation that keeps the metric of the weights."""
+    drawn = gt.problems(widths=(2, 2, 2), whitened=name == "reversal", population=True)
+    problem, net = given_.draw(drawn)
+    h = given_.draw(gt.step_sizes(problem, net, fraction=0.2))
+    gt.assert_equivariant(gf.GradientFlow(), name, net, problem, seed=seed, t1=1.0)
+    gt.assert_equivariant(gf.GradientDescent(h), name, net, problem, seed=seed, t1=20 * h)
+
+
+@settings(max_examples=5)
+@given(gt.problems(widths=(2, 2, 2), population=True), gt.seeds())
+def test_paths_of_label_noise_turn_with_the_hidden_layer(case, seed):
+    problem, net = gf.Problem(case[0].data, [gf.LabelNoise(0.2)]), case[1]
+    h, key = 0.5 * gt.stability_limit(*case), jax.random.key(seed)
+    descent = gf.GradientDescent(h)
+    gt.assert_equivariant(descent, "hidden_rotations", net, problem, seed=seed, t1=20 * h, key=key)

@@ -8,11 +8,12 @@ draw, its averaged loss and gradient their mean, and its diffusion factor their 
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from compiled import faces, sampled_gradients
+from compiled import faces, normal_leaves, sampled_gradients
 from reference import as_numpy, assert_close, gauss_hermite, mean_and_covariance, scale
 
 import gradflow as gf
@@ -123,14 +124,17 @@ def test_faces_agree(name):
         drawn = np.asarray(sampled_gradients(problem, net.weights, every.draw(regularizers)))
         assert_close([drawn], [each], size)
     else:
-        shapes = problem.normal_shapes()
+        shapes = [leaf.shape for leaf in normal_leaves(problem, net.weights)]
         nodes, weights = gauss_hermite(sum(int(np.prod(s)) for s in shapes), 2)
         cuts = np.cumsum([int(np.prod(s)) for s in shapes])[:-1]
-        pieces = np.split(nodes, cuts, axis=1)
-        draws = [
-            jnp.asarray(piece.reshape(-1, *s)) for piece, s in zip(pieces, shapes, strict=True)
-        ]
-        drawn = np.asarray(sampled_gradients(problem, net.weights, tuple(draws)))
+        pieces = iter(np.split(nodes, cuts, axis=1))
+        draws = tuple(
+            jnp.asarray(next(pieces).reshape(-1, y.shape[1], x.shape[1]))
+            if isinstance(r, gf.LabelNoise)
+            else None
+            for r in regularizers
+        )
+        drawn = np.asarray(sampled_gradients(problem, net.weights, draws))
         drawn_mean, drawn_covariance = mean_and_covariance(drawn, weights)
         assert_close([drawn_mean, drawn_covariance], [mean, covariance], size)
 
@@ -153,9 +157,10 @@ def test_noise_is_linear_in_its_normals(name):
     net = network(widths)
     rng = np.random.default_rng(1)
     one, two = (
-        tuple(jnp.asarray(rng.normal(size=s)) for s in problem.normal_shapes()) for _ in range(2)
+        jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape)), problem.normal_shapes(widths))
+        for _ in range(2)
     )
-    mixed = tuple(2.0 * a - 0.5 * b for a, b in zip(one, two, strict=True))
+    mixed = jax.tree.map(lambda a, b: 2.0 * a - 0.5 * b, one, two)
     first, second = (problem.noise(net.weights, normals) for normals in (one, two))
     expected = [2.0 * a - 0.5 * b for a, b in zip(first, second, strict=True)]
     assert_close(problem.noise(net.weights, mixed), expected, scale(expected))
@@ -178,6 +183,6 @@ def test_a_problem_without_noise_has_no_covariance():
     data = gf.Regression.from_samples(x, y)
     for problem in (gf.Problem(data), gf.Problem(data, [DECAY])):
         assert not problem.is_stochastic
-        assert problem.normal_shapes() == ()
+        assert problem.normal_shapes(widths) == ((), ())
         assert np.array_equal(noise_covariance(problem, network(widths).weights), np.zeros((2, 2)))
     assert gf.Problem(data, [DECAY, LABELS]).is_stochastic

@@ -146,7 +146,7 @@ def test_populations_have_no_rows_to_choose(flag):
 def test_epochs_have_no_white_noise():
     data = gf.Regression.from_samples([[1.0], [2.0]], [[1.0], [0.0]])
     problem = gf.Problem(data, [gf.Minibatch(1, reshuffled=True)])
-    normals = tuple(jnp.zeros(s) for s in problem.normal_shapes())
+    normals = jax.tree.map(lambda s: jnp.zeros(s.shape), problem.normal_shapes((1, 1)))
     with pytest.raises(ValueError, match=r"Minibatch\.reshuffled=True correlates the steps"):
         problem.noise((jnp.ones((1, 1)),), normals)
     with pytest.raises(ValueError, match=r"Minibatch\.reshuffled=True correlates the steps"):

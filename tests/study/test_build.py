@@ -11,7 +11,7 @@ from gradflow.study.load import SpecError
 
 
 def built(load, text):
-    return prepare(load(text))
+    return prepare(load(text)).runs
 
 
 def dynamics_of(load, table):

@@ -8,7 +8,9 @@ from gradflow.study.load import load_study
 
 
 def test_the_experiments_of_the_issue_are_there():
-    assert {"two_phases", "conservation", "diabetes"} <= set(shipped())
+    found = set(shipped())
+    assert {"two_phases", "conservation", "diabetes"} <= found
+    assert {"discretization", "sgd_vs_sde", "noise_gallery", "exact", "momentum"} <= found
     assert all(titles().values())
 
 
@@ -17,7 +19,9 @@ def test_the_experiments_of_the_issue_are_there():
 def test_they_can_be_built(name, short):
     study = load_study(find(name), short=short)
     assert study.spec.name == name
-    assert len(prepare(study)) == len(study.spec.run)
+    prepared = prepare(study)
+    assert len(prepared.runs) == len(study.spec.run)
+    assert len(prepared.orders) == len(study.spec.orders)
     assert study.spec.claim and study.spec.figure
 
 

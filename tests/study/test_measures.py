@@ -25,7 +25,7 @@ def measure(quantity, *runs, **keys):
 
 
 def test_every_quantity_is_measured_and_described():
-    assert set(MEASURES) == set(QUANTITIES)
+    assert set(MEASURES) == {name for name, q in QUANTITIES.items() if not q.orders}
     assert all(function.__doc__ for function in MEASURES.values())
 
 

@@ -14,7 +14,13 @@ from compiled import drifts, faces
 from reference import as_numpy, assert_close, gauss_hermite, scale
 
 import gradflow as gf
-from gradflow.theory import expected_balancedness_drift, imbalance_drift
+from gradflow.regularizers import DropConnect, Dropout, GradientNoise, WeightNoise
+from gradflow.theory import (
+    expected_balancedness_drift,
+    flow_balancedness_drift,
+    flow_imbalance_drift,
+    imbalance_drift,
+)
 from gradflow.theory.drift import layer_drifts
 
 X = np.array([[1.0, 0.3], [-0.5, 1.2], [0.7, -0.8]])
@@ -264,3 +270,112 @@ def test_tied_layers_take_the_pair_that_opens_fastest():
     opening = (float(jnp.trace(g_2)), float(jnp.trace(g_1) + jnp.trace(g_2)))
     assert abs(opening[0] - opening[1]) > 1e-3
     assert np.isclose(float(imbalance_drift(problem, net.weights, 0.1, True)), max(opening))
+
+
+def entries(layers):
+    """Networks of zeros with a single one, for every weight."""
+    for i, w in enumerate(layers):
+        for place in np.ndindex(w.shape):
+            one = [np.zeros_like(v) for v in layers]
+            one[i][place] = 1.0
+            yield one
+
+
+@pytest.mark.parametrize("discrete", [True, False], ids=["descent", "flow"])
+def test_gradient_noise(discrete):
+    """Every weight takes a step of its own: the sum over weights of their changes of G."""
+    v = 0.3**2 + 0.4**2
+    noises = [GradientNoise(0.3), gf.LabelNoise(0.5), GradientNoise(0.4)]
+    net, data = network(), gf.Regression.from_samples(X, Y)
+    layers = as_numpy(net.weights)
+    without = drifts(gf.Problem(data, noises[1:2]), net.weights, H, discrete)
+    drift = drifts(gf.Problem(data, noises), net.weights, H, discrete)
+    each = [reference.balancedness(one) for one in entries(layers)]
+    expected = [H * v * sum(change) for change in zip(*each, strict=True)]
+    shift = [a - b for a, b in zip(drift.balancedness, without.balancedness, strict=True)]
+    assert_close(shift, expected, scale(layers, without.balancedness))
+    for g, (above, below) in zip(expected, [(2, 2), (1, 3)], strict=True):
+        assert_close([g], [H * v * (above - below) * np.eye(len(g))], 1.0)
+    sizes = [H * v * w.size for w in layers]
+    assert_close([drift.layers - without.layers], [sizes], scale(layers, without.balancedness))
+    norms = [np.sum(w**2) for w in layers]
+    spread = sizes[np.argmax(norms)] - sizes[np.argmin(norms)]
+    assert np.isclose(drift.imbalance - without.imbalance, spread, rtol=1e-10)
+
+
+def svag_or_order_two(problem, net, **options):
+    run = jax.jit(lambda w: expected_balancedness_drift(problem, w, H, **options))
+    layers = jax.jit(lambda w: layer_drifts(problem, w, H, **options))
+    return as_numpy(run(net.weights)), np.asarray(layers(net.weights))
+
+
+def test_amplified_descent():
+    """SVAG: steps h / l with l times the covariance; decay, mean square and noise by hand."""
+    net, rate, amplification = network(), 0.3, 4
+    data = gf.Regression.from_samples(X, Y)
+    problem = gf.Problem(data, [gf.LabelNoise(0.5), gf.WeightDecay(rate)])
+    layers, h = as_numpy(net.weights), H / amplification
+    m = (X @ reference.end_to_end(layers).T - Y).T @ X / 3
+    g = [v + rate * w for v, w in zip(reference.pull_back(layers, m), layers, strict=True)]
+    noise = [np.zeros_like(b) for b in reference.balancedness(layers)]
+    for column in np.linalg.cholesky(0.25 / 3 * X.T @ X / 3).T:
+        z = reference.balancedness(reference.pull_back(layers, column[None]))
+        noise = [a + amplification * b for a, b in zip(noise, z, strict=True)]
+    after = reference.balancedness([w - h * v for w, v in zip(layers, g, strict=True)])
+    parts = zip(after, reference.balancedness(layers), noise, strict=True)
+    expected = [(a - b + h**2 * c) / h for a, b, c in parts]
+    drift, norms = svag_or_order_two(problem, net, discrete=True, amplification=amplification)
+    assert_close(drift, expected, scale(expected, layers) / h)
+    assert_close(np.diff(norms), [np.trace(e) for e in expected], scale(expected, layers) / h)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_flow_of_order_two(rate):
+    """The ODE with the drift -grad(L + (h/4) |grad L|^2), by differences of its gradient.
+
+    Without decay the drift is that of one step of descent.
+    """
+    net = network()
+    problem = gf.Problem(gf.Regression.from_samples(X, Y), [gf.WeightDecay(rate)])
+    layers, sxx, syx = as_numpy(net.weights), X.T @ X / 3, Y.T @ X / 3
+
+    def potential(ws):
+        g = [v + rate * w for v, w in zip(complex_gradient(ws, sxx, syx), ws, strict=True)]
+        square = sum(np.sum(v * v) for v in g)
+        return (
+            reference.loss(ws, sxx, syx, np.zeros((1, 1)))
+            + rate / 2 * sum(np.sum(w * w) for w in ws)
+            + H / 4 * square
+        )
+
+    velocity = [-v for v in reference.complex_step_gradient(potential, layers)]
+    upper = [w.T @ v for w, v in zip(layers[1:], velocity[1:], strict=True)]
+    lower = [v @ w.T for w, v in zip(layers[:-1], velocity[:-1], strict=True)]
+    expected = [a + a.T - b - b.T for a, b in zip(upper, lower, strict=True)]
+    size = scale(expected, layers) ** 2
+    drift, norms = svag_or_order_two(problem, net, discrete=False, order=2)
+    assert_close(drift, expected, size)
+    assert_close(np.diff(norms), [np.trace(e) for e in expected], size)
+    arrays = tuple(jnp.asarray(v) for v in velocity)
+    assert_close(flow_balancedness_drift(net.weights, arrays), expected, size)
+    top, bottom = (f([np.sum(w**2) for w in layers]) for f in (np.argmax, np.argmin))
+    speed = [2 * np.sum(w * v) for w, v in zip(layers, velocity, strict=True)]
+    total = flow_imbalance_drift(net.weights, arrays)
+    assert_close([total], [speed[top] - speed[bottom]], size)
+    if rate == 0.0:
+        step = svag_or_order_two(problem, net, discrete=True)[0]
+        assert_close(drift, step, size)
+
+
+def complex_gradient(layers, sxx, syx):
+    """The gradient without conjugation, for complex steps."""
+    return reference.pull_back(layers, reference.end_to_end(layers) @ sxx - syx)
+
+
+@pytest.mark.parametrize("noise", [Dropout(0.1), DropConnect(0.1), WeightNoise(0.1)])
+@pytest.mark.parametrize("quantity", [expected_balancedness_drift, layer_drifts, imbalance_drift])
+def test_noise_inside_the_network_has_no_closed_drift(noise, quantity):
+    problem = gf.Problem(gf.Regression.from_samples(X, Y), [noise, gf.LabelNoise(0.1)])
+    name = type(noise).__name__
+    with pytest.raises(ValueError, match=rf"{quantity.__name__} covers .* not {name}, .* follow"):
+        quantity(problem, network().weights, H, True)

@@ -12,6 +12,7 @@ from compiled import compiled, faces
 from reference import as_numpy, assert_close, scale
 
 import gradflow as gf
+from gradflow.regularizers import Dropout, GradientNoise
 from gradflow.theory import (
     noise_floor,
     slaved_residual,
@@ -114,6 +115,8 @@ PROBLEMS = {
     "labels": gf.Problem(population(n=3), [gf.LabelNoise(0.5)]),
     "inputs": gf.Problem(population(), [gf.InputNoise(0.4)]),
     "online": gf.Problem(population(residual=0.3), [gf.Minibatch(4), gf.LabelNoise(0.2)]),
+    "gradient": gf.Problem(population(), [GradientNoise(0.2)]),
+    "gradient, labels": gf.Problem(population(), [GradientNoise(0.2), gf.LabelNoise(0.5)]),
 }
 
 
@@ -121,7 +124,8 @@ def chain(problem, net):
     """Kernel and noise covariance of x -> x - h (K x + z) for x = vec((P - T) S^{1/2}).
 
     z is the noise on M, pushed to x, K the sum of A_i A_i^T (x) S^{1/2} B_i^T B_i S^{1/2}; the
-    covariance of the noise on M comes from gradflow and is checked elsewhere.
+    covariance of the noise on M comes from gradflow and is checked elsewhere. Noise on the gradient
+    moves P weight by weight.
     """
     layers = as_numpy(net.weights)
     root = scipy.linalg.sqrtm(np.asarray(problem.input_moment)).real
@@ -130,7 +134,11 @@ def chain(problem, net):
         a, b = reference.above(layers, i), reference.below(layers, i)
         kernel += np.kron(a @ a.T, root @ b.T @ b @ root)
         push += np.kron(a @ a.T, root @ b.T @ b)
-    return kernel, push @ np.asarray(faces(problem, net.weights).covariance) @ push.T
+    noise = push @ np.asarray(faces(problem, net.weights).covariance) @ push.T
+    widen = np.kron(np.eye(2), root)
+    level = sum(float(r.std) ** 2 for r in problem.regularizers if isinstance(r, GradientNoise))
+    jacobian = widen @ reference.jacobian(layers).T
+    return kernel, noise + level * jacobian @ jacobian.T
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -152,9 +160,10 @@ def test_stationary_covariance_solves_lyapunov_equations(name, widths):
         assert_close([floor], [np.trace(expected) / 2], size)
 
 
-def test_floor_with_momentum_solves_the_lyapunov_equation_of_position_and_velocity():
+@pytest.mark.parametrize("name", ["labels", "gradient, labels"])
+def test_floor_with_momentum_solves_the_lyapunov_equation_of_position_and_velocity(name):
     beta = 0.7
-    problem, net = PROBLEMS["labels"], network((2, 3, 2), seed=1)
+    problem, net = PROBLEMS[name], network((2, 3, 2), seed=1)
     kernel, noise = chain(problem, net)
     one = np.eye(4)
     step = np.block([[one - H * kernel, beta * one], [-H * kernel, beta * one]])
@@ -163,6 +172,43 @@ def test_floor_with_momentum_solves_the_lyapunov_equation_of_position_and_veloci
     assert np.abs(step @ both @ step.T + H**2 * kick - both).max() < 1e-13 * np.abs(both).max()
     floor = floor_and_covariance(problem, net.weights, H, True, momentum=beta)[0]
     np.testing.assert_allclose(floor, np.trace(both[:4, :4]) / 2, rtol=1e-10)
+
+
+def test_floors_of_svag_and_of_the_order_two_flow_solve_lyapunov_equations():
+    """Steps h / l with l times the noise; a flow with the drift -(K + (h/2) K^2) x."""
+    problem, net = PROBLEMS["gradient, labels"], network((2, 3, 2), seed=1)
+    kernel, noise = chain(problem, net)
+    h = H / 4
+    svag = scipy.linalg.solve_discrete_lyapunov(np.eye(4) - h * kernel, h**2 * 4 * noise)
+    second = scipy.linalg.solve_continuous_lyapunov(kernel + H / 2 * kernel @ kernel, H * noise)
+    for options, expected in (
+        ({"discrete": True, "amplification": 4}, svag),
+        ({"discrete": False, "order": 2}, second),
+    ):
+        x = stationary_covariance(problem, net.weights, H, **options)
+        assert_close([x], [expected], scale([expected]) * 10)
+        floor = noise_floor(problem, net.weights, H, **options)
+        assert_close([floor], [np.trace(expected) / 2], scale([expected]) * 10)
+
+
+def test_floor_of_gradient_noise_in_closed_form():
+    """(h v / 2) sum_a 1 / (2 - h mu_a) over the directions in which P can move."""
+    problem, v = PROBLEMS["gradient"], 0.04
+    for widths, rank in (((2, 3, 2), 4), ((2, 1, 2), 3)):
+        net = network(widths, seed=1)
+        mu = np.linalg.eigvalsh(chain(problem, net)[0])[-rank:]
+        floor = floor_and_covariance(problem, net.weights, H, True)[0]
+        np.testing.assert_allclose(floor, H * v / 2 * np.sum(1 / (2 - H * mu)), rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "quantity", [noise_floor, stationary_covariance, slaved_residual, weight_decay_plateau]
+)
+def test_noise_inside_the_network_moves_the_minima(quantity):
+    problem = gf.Problem(population(), [Dropout(0.1), gf.WeightDecay(0.1)])
+    steps = () if quantity in (slaved_residual, weight_decay_plateau) else (H, True)
+    with pytest.raises(ValueError, match=rf"{quantity.__name__} covers .* not Dropout, .* watch"):
+        quantity(problem, network((2, 3, 2)).weights, *steps)
 
 
 def test_floor_of_label_noise_in_closed_form():

@@ -1,0 +1,38 @@
+"""Isotropic noise on the gradient (Langevin)."""
+
+import equinox as eqx
+
+from gradflow.regularizers.base import (
+    AbstractGradientNoise,
+    as_parameter,
+    check_nonnegative,
+)
+from gradflow.types import Scalar
+
+
+class GradientNoise(AbstractGradientNoise):
+    r"""Fresh Gaussian noise on every entry of the gradient at every step, $g \to g + s\,\xi$.
+
+    A step of descent moves every weight by $h s\,\xi$, the stochastic flow by $\sqrt h\, s\, dB$.
+    The expected loss does not change. The noise knows nothing of the network, so imbalance does not
+    decay by it: $G_i$ drifts by $h s^2 (d_{i+1} - d_{i-1})\, I$ per unit of flow time (theory
+    section 5).
+
+    **Arguments:**
+
+    - `std`: $s \ge 0$, in units of the gradient.
+    """
+
+    std: Scalar = eqx.field(converter=as_parameter)
+
+    def __check_init__(self):
+        check_nonnegative("GradientNoise.std", self.std)
+
+    @property
+    def is_stochastic(self) -> bool:
+        """True."""
+        return True
+
+    def level(self, layer: int, depth: int) -> Scalar:
+        """`std` in every layer."""
+        return self.std

@@ -1,0 +1,73 @@
+"""The [[orders]] tables of a study in one figure."""
+
+from dataclasses import replace
+
+from gradflow.analysis.order_results import Orders
+from gradflow.report.drawing import Drawing, sentence
+from gradflow.report.orders import draw_orders
+from gradflow.study.results import OrdersResult, StudyResult
+from gradflow.study.spec import Orders as OrdersFigure
+
+
+def draw_study_orders(result: StudyResult, spec: OrdersFigure) -> Drawing:
+    """Draws |difference| of the dynamics of [[orders]] tables against the step size, log-log.
+
+    With several tables every line is called after its table; with one, after its observable.
+
+    **Raises:** ``ValueError`` when no table was measured, or nothing can be drawn.
+    """
+    chosen = [
+        table for name, table in result.orders.items() if not spec.orders or name in spec.orders
+    ]
+    if not chosen:
+        raise ValueError("orders: none of the tables was measured, so there is nothing to draw")
+    parts = [_observed(table, spec.observables) for table in chosen]
+    observables = {row.observable for part in parts for row in part.rows}
+    named = [
+        _named(part, table.label, with_observable=len(observables) > 1)
+        for part, table in zip(parts, chosen, strict=True)
+    ]
+    if len(chosen) == 1:
+        return draw_orders(parts[0], spec.title, spec.caption)
+    merged = replace(
+        named[0],
+        rows=tuple(row for part in named for row in part.rows),
+        points=tuple(points for part in named for points in part.points),
+        random=any(part.random for part in named),
+        notes=tuple(dict.fromkeys(note for part in named for note in part.notes)),
+    )
+    when = ", ".join(f"{t:g}" for t in sorted({max(part.times) for part in named}))
+    shared = "; ".join(dict.fromkeys(part.coupling for part in named if part.random))
+    caption = sentence(
+        spec.caption or f"At t = {when}; one standard error; lines span the asymptotic range.",
+        f"Noise: {shared}." if shared else "",
+    )
+    return draw_orders(merged, spec.title, caption)
+
+
+def _observed(table: OrdersResult, observables: list[str]) -> Orders:
+    """Returns the part of a table that is about some observables (all when there are none)."""
+    orders = table.orders
+    if not observables:
+        return orders
+    kept = [
+        i for i, row in enumerate(orders.rows) if row.observable.partition("[")[0] in observables
+    ]
+    return replace(
+        orders,
+        rows=tuple(orders.rows[i] for i in kept),
+        points=tuple(orders.points[i] for i in kept),
+    )
+
+
+def _named(orders: Orders, label: str, *, with_observable: bool) -> Orders:
+    """Returns the same measurement with the label of its table in the names of its lines."""
+
+    def name(observable: str) -> str:
+        return f"{label}: {observable}" if with_observable else label
+
+    return replace(
+        orders,
+        rows=tuple(replace(row, observable=name(row.observable)) for row in orders.rows),
+        points=tuple(replace(p, observable=name(p.observable)) for p in orders.points),
+    )

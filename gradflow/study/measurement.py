@@ -1,0 +1,140 @@
+"""What a measured value is, the list of measures, and how they read trajectories.
+
+A measure is a function of a claim and the results of its runs. It raises `ValueError` with the
+reason where the value cannot be measured. Errors are standard errors over replicas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradflow.study.results import RunResult
+from gradflow.study.spec import ClaimSpec
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measured value.
+
+    Attributes:
+        value: the number.
+        error: its standard error, None where there is none.
+        predicted: what theory says, None where it says nothing.
+        word: the value of a quantity that is a word.
+        detail: how it was measured, for people.
+    """
+
+    value: float
+    error: float | None = None
+    predicted: float | None = None
+    word: str = ""
+    detail: str = ""
+
+
+Measure = Callable[[ClaimSpec, Sequence[RunResult]], Measurement]
+_M = TypeVar("_M", bound=Measure)
+
+
+def registering(measures: dict[str, Measure]) -> Callable[[str], Callable[[_M], _M]]:
+    """A decorator that enters a function into `measures` under the name of its quantity."""
+
+    def measure(name: str) -> Callable[[_M], _M]:
+        def register(function: _M) -> _M:
+            measures[name] = function
+            return function
+
+        return register
+
+    return measure
+
+
+# --- reading trajectories -----------------------------------------------------------------------
+
+
+def claim_window(claim: ClaimSpec) -> tuple[float, float] | None:
+    """The window a claim gives, in flow time."""
+    return None if claim.window is None else (claim.window[0], claim.window[1])
+
+
+def inside_window(claim: ClaimSpec, run: RunResult) -> NDArray[np.bool_]:
+    """Which saved times lie in the window of a claim, `(time,)`."""
+    time = run.trajectory.time
+    low, high = claim_window(claim) or (time[0], time[-1])
+    inside = (time >= low) & (time <= high)
+    if np.sum(inside) < 2:
+        raise ValueError(f"fewer than two saved times lie in the window [{low:g}, {high:g}]")
+    return inside
+
+
+def survivors(run: RunResult) -> NDArray[np.bool_]:
+    """Which replicas did not diverge, `(replica,)`."""
+    alive = ~np.atleast_1d(np.asarray(run.trajectory.diverged))
+    if not alive.any():
+        raise ValueError(f'run "{run.name}": every replica diverged')
+    return alive
+
+
+def finite(run: RunResult, observable: str) -> Values:
+    """An observable `(replica, time, ...)` of the replicas that did not diverge."""
+    if observable not in run.trajectory:
+        raise ValueError(f'run "{run.name}" did not record {observable}; add it to its observables')
+    values = np.asarray(run.trajectory[observable], dtype=float)
+    if run.trajectory.replicas is None:
+        values = values[None]
+    return values[survivors(run)]
+
+
+def observable_values(claim: ClaimSpec, run: RunResult) -> Values:
+    """The claim's observable, or one entry of it, `(replica, time, ...)`."""
+    values = finite(run, str(claim.observable))
+    if claim.component is None:
+        return values
+    shape = values.shape[2:]
+    fits = len(claim.component) == len(shape) and all(
+        -size <= index < size for index, size in zip(claim.component, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"component = {claim.component} does not index {claim.observable} of shape {shape}"
+        )
+    return values[(..., *claim.component)]
+
+
+def scalar(claim: ClaimSpec, run: RunResult) -> Values:
+    """One number a replica and time, `(replica, time)`."""
+    values = observable_values(claim, run)
+    if values.ndim > 2:
+        shape = values.shape[2:]
+        raise ValueError(
+            f"{claim.observable} has shape {shape}; choose an entry with component = "
+            f"{[0] * len(shape)}"
+        )
+    return values
+
+
+def stored_weights(run: RunResult) -> tuple[Values, ...]:
+    """Stored weights `(replica, time, d_i, d_{i-1})` of the replicas that did not diverge."""
+    layers = tuple(np.asarray(w, dtype=float) for w in run.trajectory.weights)
+    if run.trajectory.replicas is None:
+        layers = tuple(w[None] for w in layers)
+    return tuple(w[survivors(run)] for w in layers)
+
+
+def mean(values: Values) -> Measurement:
+    """Mean and standard error over replicas, no error for a single one."""
+    count = len(values)
+    error = float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else None
+    return Measurement(float(np.mean(values)), error)
+
+
+def known(value: float | None) -> float | None:
+    """A standard error, None where the analysis gives NaN."""
+    return None if value is None or math.isnan(value) else float(value)
