@@ -43,6 +43,10 @@ study: $(VENV)/.installed ## Install gradflow into .venv and run the default stu
 test: $(VENV)/.installed-test ## Install with the test dependencies and run the tests in parallel
 	$(PYTEST) -n $(WORKERS) --durations 10 $(PYTEST_ARGS)
 
+.PHONY: test-slow
+test-slow: $(VENV)/.installed-test ## Run the long tests that `make test` leaves out
+	$(PYTEST) -n $(WORKERS) --durations 10 -m slow $(PYTEST_ARGS)
+
 .PHONY: test-latest
 test-latest: $(VENV_LATEST)/.installed-test ## Run the tests on the newest Python with the newest dependencies
 	$(VENV_LATEST)/bin/python -m pytest -n $(WORKERS) --durations 10 $(PYTEST_ARGS)

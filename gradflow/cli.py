@@ -33,7 +33,8 @@ folder, results/NAME/ unless --out says otherwise:
   claims.json   every claim with its measured value, error and verdict
   figures/      PNG and SVG
   runs/         one NetCDF file a run (xarray.open_dataset reads it)
-  orders/       one CSV file an [[orders]] table: distances at every step size
+  orders/       for each [[orders]] table a CSV file (distance at every step size) and a JSON file
+                (fitted orders with intervals, status and range of the fit)
   spec.toml     the spec as given; spec.json has every setting as run
   status.json   complete, interrupted or failed
 
@@ -86,7 +87,8 @@ ORDERS_HELP = """Measure how fast two dynamics approach each other as the step s
 SPEC is a TOML file or the name of a shipped experiment (default: discretization). Its [[orders]]
 tables are carried out, its runs are not; `gradflow study` carries out both. For every table the
 distance at every step size, the fitted order with its confidence interval and the range of the fit
-are printed, written to results/NAME/orders/ and drawn. Where the distance cannot be told from the
+are printed, drawn and written to results/NAME/orders/: the distances to TABLE.csv, the orders to
+TABLE.json (what is unknown is null). Where the distance cannot be told from the
 Monte-Carlo noise the answer is "not resolved" with the replicas that would resolve it; where the
 leading coefficient nearly vanishes it is "not asymptotic". Neither is an order.
 
@@ -94,7 +96,7 @@ leading coefficient nearly vanishes it is "not asymptotic". Neither is an order.
   [[orders]]
   name = "sgd_and_sde"
   regularizers = [ { kind = "LabelNoise", std = 0.8 } ]
-  first = { kind = "GradientDescent" }          # the step size is filled in
+  first = { kind = "GradientDescent" }          # no step_size: it takes all of step_sizes
   second = { kind = "StochasticFlow", order = 2 }
   step_sizes = [0.1, 0.05, 0.025, 0.0125]
   t1 = 1.0                                      # flow time at which they are compared
@@ -126,6 +128,10 @@ app = typer.Typer(
 Specs = Annotated[
     list[str] | None,
     typer.Argument(metavar="SPEC", help="Files or shipped names (default: two_phases)."),
+]
+OrdersSpecs = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SPEC", help="Files or shipped names (default: discretization)."),
 ]
 Out = Annotated[
     Path | None,
@@ -186,7 +192,7 @@ def run(
 
 @app.command(help=ORDERS_HELP)
 def orders(
-    specs: Specs = None,
+    specs: OrdersSpecs = None,
     out: Out = None,
     overwrite: Overwrite = False,
     short: Short = False,

@@ -8,6 +8,7 @@ import diffrax
 import equinox as eqx
 import jax
 import numpy as np
+import optax
 
 from gradflow import (
     dynamics as dynamics_room,
@@ -119,7 +120,26 @@ def check_rebuilds(part: AbstractDynamics | AbstractRegularizer) -> None:
         same = False
     if not same:
         raise ValueError(
-            f"{described['kind']}: a file holds only dynamics, solvers and regularizers that ship "
-            "with gradflow or diffrax, with their default options; keep the numbers of this run "
-            "with trajectory.to_xarray().to_netcdf(path)."
+            f"{described['kind']}{_culprit(part)}: a file holds only dynamics, solvers and "
+            "regularizers that ship with gradflow or diffrax, with their default options; keep the "
+            "numbers of this run with trajectory.to_xarray().to_netcdf(path)."
         )
+
+
+def _culprit(part: AbstractDynamics | AbstractRegularizer) -> str:
+    """The field that cannot be held, and what to write there, where it is a function of optax."""
+    for field in ("optimizer", "schedule"):
+        value = getattr(part, field, None)
+        if value is None or isinstance(value, FromOptax):
+            continue
+        function = getattr(value, "func", value)  # of functools.partial and eqx.Partial
+        name = getattr(function, "__name__", "")
+        fix = 'gf.FromOptax("adam", ...), the name and options of what made it'
+        if getattr(optax, name, None) is function:
+            options = getattr(value, "keywords", {})
+            given = [f'"{name}"', *(f"{key}={option!r}" for key, option in options.items())]
+            fix = f"gf.FromOptax({', '.join(given)})"
+        elif field == "schedule":
+            fix = 'gf.FromOptax("exponential_decay", ...), the name and options of what made it'
+        return f".{RENAMED.get(field, field)} cannot be saved; give {fix}"
+    return ""

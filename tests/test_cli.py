@@ -185,6 +185,12 @@ def test_help_teaches():
         assert word in text
 
 
+def test_the_help_about_orders_is_consistent():
+    text = " ".join(call("orders", "--help").stdout.split())
+    assert text.count("default: discretization") == 2 and "two_phases" not in text
+    assert "TABLE.json" in text and "JSON" in call("study", "--help").stdout
+
+
 def test_the_spec_in_the_help_is_valid(tmp_path):
     text = cli.STUDY_HELP.partition("\b\n  name =")[2].partition("\n\nA claim")[0]
     path = tmp_path / "mine.toml"

@@ -1,5 +1,6 @@
 """Descriptions of dynamics and regularizers lead back to the same object, through JSON."""
 
+import functools
 import json
 
 import diffrax
@@ -75,6 +76,23 @@ def test_regularizers_come_back(regularizer):
 def test_what_a_file_cannot_hold_is_refused(dynamics):
     with pytest.raises(ValueError, match="a file holds only dynamics"):
         check_rebuilds(dynamics)
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "fix"),
+    [
+        (gf.GradientDescent(0.1, optimizer=optax.adam),
+         'optimizer cannot be saved; give gf.FromOptax("adam"):'),
+        (gf.GradientDescent(0.1, optimizer=functools.partial(optax.adam, b1=0.8)),
+         'optimizer cannot be saved; give gf.FromOptax("adam", b1=0.8):'),
+        (gf.GradientDescent(optax.constant_schedule(0.1)),
+         'step_size cannot be saved; give gf.FromOptax("exponential_decay", ...)'),
+    ],
+)  # fmt: skip
+def test_functions_of_optax_are_refused_with_what_to_write(dynamics, fix):
+    with pytest.raises(ValueError) as caught:
+        check_rebuilds(dynamics)
+    assert str(caught.value).startswith(f"GradientDescent.{fix}")
 
 
 def test_scheduled_runs_with_an_optimizer_are_saved_and_repeated(tmp_path):

@@ -37,6 +37,12 @@ REJECTED = 0.01
 SHARPEST = 1e-6
 """Relative errors of the points are taken no smaller than this: the fit stays well conditioned."""
 
+NEAR = 0.35
+"""Distance to the order within which the slope between the two smallest steps must lie."""
+
+APPROACH = 0.03
+"""How much farther from the order the slope may be at small steps than at large ones."""
+
 CANDIDATES = (0.5, 1.0, 1.5, 2.0, 3.0)
 """Orders with which differences too small to see are extrapolated."""
 
@@ -83,6 +89,7 @@ def fit_order(
     standard_error: Float[np.ndarray, " point"],
     resolution: Float[np.ndarray, " point"],
     confidence: float = 0.95,
+    spacing: float = 0.5,
 ) -> OrderFit:
     r"""Fit $e(h) = c\, h^p (1 + \delta(h))$ on the largest range of small steps that it describes.
 
@@ -92,9 +99,9 @@ def fit_order(
     extrapolates the local slopes to $h \to 0$ (as Richardson does); with noisy data it is weighted
     least squares of $\log |e|$ against $\log h$, but in the signed errors, so that points in the
     noise bias nothing. Starting with all points, the largest step is left out until the chi-square
-    accepts the fit and the interval holds a multiple of 1/2: expansions in h have no other
-    exponents, so any other slope is on its way from one of them to the next. With fewer than three
-    points left the data are not asymptotic.
+    accepts the fit, the interval holds a possible order (a multiple of `spacing`: any other slope
+    is on its way from one of them to the next), and the local slopes come closer to that order, not
+    away from it, as h falls. With fewer than three points left the data are not asymptotic.
 
     **Arguments:**
 
@@ -102,6 +109,8 @@ def fit_order(
     - `standard_error`: of $e$, 0 where it is exact.
     - `resolution`: size below which $e$ is rounding or the error of an integrator.
     - `confidence`: of the interval.
+    - `spacing`: of the possible orders: 1 where differences expand in h, 1/2 where they expand in
+        its square root, as those of noisy paths do.
     """
     h, e = np.asarray(step_sizes, float), np.asarray(error, float)
     noise, floor = np.asarray(standard_error, float), np.asarray(resolution, float)
@@ -123,7 +132,10 @@ def fit_order(
             break
         law = _fit(h[used], e[used], sigma[used], seen[used])
         half = quantile * law.error
-        if law.p_value < REJECTED or not _has_order(law.order - half, law.order + half):
+        order = _possible_order(law.order, half, spacing)
+        if law.p_value < REJECTED or order is None:
+            continue
+        if half <= WIDEST and not _is_approached(order, h, e, sigma, used & seen):
             continue
         return _accepted(nothing, law.order, half, h, e, noise, used, confidence)
     drift = _drift(h[usable], e[usable], noise[usable], seen[usable])
@@ -140,9 +152,24 @@ def local_slopes(
     return np.diff(v) / np.diff(u)
 
 
-def _has_order(low: float, high: float) -> bool:
-    """Whether an interval holds a positive multiple of 1/2."""
-    return max(math.ceil(2.0 * low), 1) <= 2.0 * high
+def _possible_order(slope: float, half: float, spacing: float) -> float | None:
+    """The multiple of `spacing` nearest to a slope, if the interval about it holds one."""
+    order = max(round(slope / spacing), 1) * spacing
+    return order if abs(slope - order) <= half else None
+
+
+def _is_approached(
+    order: float, h: np.ndarray, e: np.ndarray, sigma: np.ndarray, points: np.ndarray
+) -> bool:
+    """Whether the local slopes come closer to the order as h falls, up to their errors."""
+    place = np.flatnonzero(points)[np.argsort(h[points])[::-1]]
+    gaps = -np.diff(np.log(h[place]))
+    relative = sigma[place] / np.abs(e[place])
+    error = np.hypot(relative[1:], relative[:-1]) / gaps
+    away = np.abs(local_slopes(h[place], e[place]) - order)
+    doubt = 2.0 * np.hypot(error[-1], error[:-1])
+    comes_closer = np.all(away[-1] <= away[:-1] + APPROACH + doubt)
+    return bool(comes_closer and away[-1] <= NEAR + 2.0 * error[-1])
 
 
 def _accepted(
@@ -164,7 +191,8 @@ def _accepted(
         return replace(nothing, reason=reason, replicas_factor=factor)
     out = int((nothing.seen & ~used).sum())
     faint = int((used & ~nothing.seen).sum())
-    parts = [f"one power law over {int(used.sum())} step sizes"]
+    slopes = ", ".join(f"{slope:.2f}" for slope in local_slopes(h[used], e[used]))
+    parts = [f"{int(used.sum())} step sizes with local slopes {slopes}"]
     parts += [f"{out} larger left out"] if out else []
     parts += [f"{faint} in the noise"] if faint else []
     return replace(

@@ -3,10 +3,11 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, TypeAlias
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,9 @@ WITNESSES = 32
 
 TOLERANCES = 10.0
 """A solver's global error may be this many of its local tolerances."""
+
+LOOSER = 10.0
+"""Factor on the tolerances in the second run of an integrator, which shows its error."""
 
 ROUNDING = 1e3
 """Rounding errors of a run, in units of the last place."""
@@ -68,6 +72,8 @@ class Measured:
     standard_error: Float[np.ndarray, "time component"]
     scale: float
     precision: float
+    integration: float = 0.0
+    """Largest change of the values when the tolerances of an integrator are loosened."""
 
 
 @dataclass(frozen=True)
@@ -98,29 +104,42 @@ class Laboratory:
         """The step sizes one after the other, largest first; and whether it was stopped."""
         work = np.concatenate([[0.0], np.cumsum(1.0 / h)]) / np.sum(1.0 / h)
         steps: list[StepResult] = []
-        still: dict[int, Trajectory] = {}
+        still: dict[int, tuple[Trajectory, Trajectory | None]] = {}
         try:
             for i, pair in enumerate(pairs):
                 key = None if self.key is None else jax.random.fold_in(self.key, i)
                 runs = []
-                for member, one in enumerate((pair.first, pair.second)):
+                for member, dynamics in enumerate((pair.first, pair.second)):
                     share = (work[i], 0.5 * (work[i + 1] - work[i]))
                     begin = share[0] + member * share[1]
                     shown = _part(report, begin, share[1], f"h = {h[i]:.4g}")
-                    run = still.get(member)
-                    if run is None:
-                        run = self._run(pair, member, key, shown)
-                    if one.step_size is None and not pair.random[member]:
-                        still[member] = run
-                    runs.append(run)
+                    both = still.get(member)
+                    if both is None:
+                        run = self._run(dynamics, pair, member, key, shown)
+                        loose = _with_looser_tolerance(dynamics)
+                        check = None
+                        if loose is not None and not pair.random[member]:
+                            check = self._run(loose, pair, member, key, False)
+                        both = run, check
+                    if dynamics.step_size is None and not pair.random[member]:
+                        still[member] = both
+                    runs.append(both)
                 if report is not None:
                     report(float(work[i + 1]), 1.0, f"h = {h[i]:.4g}")
-                steps.append(self._compare(pair, runs[0], runs[1], key))
+                (one, one_check), (two, two_check) = runs
+                steps.append(self._compare(pair, (one, two), (one_check, two_check), key))
         except KeyboardInterrupt:
             return steps, True
         return steps, False
 
-    def _run(self, pair: Coupling, member: int, key: Any, report: Report | bool) -> Trajectory:
+    def _run(
+        self,
+        dynamics: AbstractDynamics,
+        pair: Coupling,
+        member: int,
+        key: Any,
+        report: Report | bool,
+    ) -> Trajectory:
         """One dynamics to the last time, with replicas if it is random."""
         random = pair.random[member]
         own = jax.random.fold_in(key, member) if random and not pair.paired else key
@@ -129,7 +148,7 @@ class Laboratory:
             run = simulate(
                 self.problem,
                 self.net,
-                (pair.first, pair.second)[member],
+                dynamics,
                 t1=float(self.moments[-1]),
                 replicas=self.replicas if random else None,
                 key=own if random else None,
@@ -143,8 +162,19 @@ class Laboratory:
             raise KeyboardInterrupt
         return run
 
-    def _compare(self, pair: Coupling, one: Trajectory, two: Trajectory, key: Any) -> StepResult:
-        """The differences of two runs at the times asked for."""
+    def _compare(
+        self,
+        pair: Coupling,
+        runs: tuple[Trajectory, Trajectory],
+        checks: tuple[Trajectory | None, Trajectory | None],
+        key: Any,
+    ) -> StepResult:
+        """The differences of two runs at the times asked for.
+
+        `checks` are the same runs with looser tolerances, whose distance bounds the error of the
+        integrators from above.
+        """
+        one, two = runs
         at = [_places(run, self.moments) for run in (one, two)]
         kept = survivors(one) & survivors(two)
         controls = np.zeros((int(kept.sum()), 0))
@@ -163,9 +193,13 @@ class Laboratory:
                 recorded(run, observable.name)[:, place]
                 for run, place in zip((one, two), at, strict=True)
             ]
-            found[observable.name] = self._difference(
-                observable, one, values, kept, controls, any(pair.random)
-            )
+            integration = [
+                float(np.max(np.abs(value - recorded(check, observable.name)[:, place])))
+                for value, check, place in zip(values, checks, at, strict=True)
+                if check is not None and not check.diverged.any()
+            ]
+            measured = self._difference(observable, one, values, kept, controls, any(pair.random))
+            found[observable.name] = replace(measured, integration=max(integration, default=0.0))
         tolerance = [_tolerance(d) for d in (pair.first, pair.second)]
         return StepResult(
             found,
@@ -248,6 +282,14 @@ def _places(run: Trajectory, moments: Float[np.ndarray, " time"]) -> np.ndarray:
             f"t = {saved[-1]:g}; its steps must add up to the flow times asked for."
         )
     return place
+
+
+def _with_looser_tolerance(dynamics: AbstractDynamics) -> AbstractDynamics | None:
+    """An adaptive dynamics with ten times its tolerances; None for what has none."""
+    if _tolerance(dynamics) == (0.0, 0.0):
+        return None
+    loose = [jnp.minimum(LOOSER * t, 0.5) for t in (dynamics.rtol, dynamics.atol)]  # pyright: ignore[reportAttributeAccessIssue]
+    return eqx.tree_at(lambda d: (d.rtol, d.atol), dynamics, tuple(loose))
 
 
 def _tolerance(dynamics: AbstractDynamics) -> tuple[float, float]:

@@ -64,7 +64,12 @@ def orders(
     Both dynamics share their noise where it can be shared (`coupling` of the result says how), and
     weak differences are means of differences of pairs, with control variates made of the Brownian
     path. Order and interval come from `gradflow.analysis.order_fit.fit_order`. A row says "not
-    resolved" rather than fit noise, and "not asymptotic" rather than read a slope that is no order.
+    resolved" rather than fit noise, and "not asymptotic" rather than read a slope that is no order:
+    differences expand in powers of h (noisy paths in powers of its square root), so a slope whose
+    interval holds none of these, or that moves away from it as h falls, is not one. Intervals hold
+    for differences of that kind; no number of step sizes shows what happens below the smallest.
+    Integrators run twice, the second time with ten times their tolerance, and differences below
+    the change are not read.
 
     A weak order holds for all test functions, so the order of the pair is the smallest over all of
     them, and an observable with a larger slope is one whose leading coefficient vanishes or nearly
@@ -128,8 +133,10 @@ def orders(
     lost = [text for text, m in zip(lost, seen, strict=True) if m.diverged]
     if lost:
         notes.append(f"diverged, and left out of the fits: {', '.join(lost)}")
-    measured = _fits(h[: len(seen)], seen, kind, random, confidence)
-    rows, points, overall = _judge(measured, [o.name for o in asked], confidence)
+    # Paths under noise differ by powers of the square root of h, all else by powers of h.
+    spacing = 0.5 if kind == "strong" and random else 1.0
+    measured = _fits(h[: len(seen)], seen, kind, random, confidence, spacing)
+    rows, points, overall = _judge(measured, [o.name for o in asked], confidence, spacing)
     return Orders(
         rows,
         points,
@@ -164,6 +171,7 @@ def _fits(
     kind: Kind,
     random: bool,
     confidence: float,
+    spacing: float,
 ) -> list[_Candidate]:
     """A fit of every component of every observable."""
     fits = []
@@ -173,7 +181,7 @@ def _fits(
         spread = np.stack([p.standard_error for p in parts])
         resolution = np.array(
             [
-                TOLERANCES * (s.tolerance[0] * p.scale + s.tolerance[1])
+                max(TOLERANCES * (s.tolerance[0] * p.scale + s.tolerance[1]), p.integration)
                 + ROUNDING * p.precision * p.scale
                 for s, p in zip(steps, parts, strict=True)
             ]
@@ -181,7 +189,7 @@ def _fits(
         for c, part in enumerate(parts[0].names):
             e, s = _at_largest(error[:, :, c], spread[:, :, c], kind == "weak" and random)
             e = np.where([step.diverged > 0 for step in steps], math.nan, e)
-            fit = fit_order(h, e, s, resolution, confidence)
+            fit = fit_order(h, e, s, resolution, confidence, spacing)
             points = OrderPoints(
                 observable=part if name in (WEIGHTS.name, WITNESS.name) and part else name + part,
                 long_name=parts[0].long_name,
@@ -223,14 +231,21 @@ def _at_largest(
 
 
 def _judge(
-    candidates: Sequence[_Candidate], asked: Sequence[str], confidence: float
+    candidates: Sequence[_Candidate], asked: Sequence[str], confidence: float, spacing: float
 ) -> tuple[tuple[OrderRow, ...], tuple[OrderPoints, ...], OrderRow | None]:
-    """Rows, with slopes above the order of the pair taken back; the row that sets it."""
+    """Rows, with slopes above the order of the pair taken back; the row that sets it.
+
+    None sets it where an observable that was asked for is not asymptotic, unless it is the smallest
+    of the possible orders.
+    """
     resolved = [c for c in candidates if c.fit.status == RESOLVED]
     best = _smallest([c for c in resolved if c.observable in asked])
     witness = _smallest([c for c in resolved if c.observable not in asked])
     if witness is not None and (best is None or _above(best.fit, witness.fit)):
         best = witness
+    drifting = [c for c in candidates if c.observable in asked and c.fit.status == DRIFTING]
+    if best is not None and drifting and best.fit.order > 1.5 * spacing:
+        best = None  # what is asked for may be on its way to a smaller order
     chosen = []
     for one in candidates:
         if one.observable not in asked and one is not best:

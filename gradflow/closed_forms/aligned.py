@@ -18,8 +18,8 @@ from gradflow.closed_forms.base import (
     why_not_quadratic,
 )
 from gradflow.closed_forms.chain_kernel import chain_weights
-from gradflow.closed_forms.channel import invariants, rotate, rotation_angle
-from gradflow.closed_forms.decaying_channel import decaying_angle
+from gradflow.closed_forms.channel import Turn, invariants, rotate, rotation_angle
+from gradflow.closed_forms.decaying_channel import decaying_turn
 from gradflow.problem import Problem
 from gradflow.types import Scalar, Weights
 
@@ -86,11 +86,10 @@ class AlignedPairs(AbstractClosedForm):
             w1, w2 = w[:1], w[1:]
             if decays is None:
                 theta = rotation_angle(*invariants(w1, w2), sxx, b, t)
-                moved = rotate(w1, w2, theta, jnp.zeros_like(t))
+                turn = Turn(theta, theta, -theta)
             else:
-                theta = decaying_angle(*invariants(w1, w2), sxx, b, rate, t)
-                moved = rotate(w1, w2, theta, rate * t)
-            return jnp.concatenate(moved)
+                turn = decaying_turn(*invariants(w1, w2), sxx, b, rate, t)
+            return jnp.concatenate(rotate(w1, w2, turn))
 
         moved = jax.vmap(move, in_axes=(1, 0, 0), out_axes=1)(modes.values, modes.sxx, modes.b)
         shrunk = jnp.expm1(-rate * t) if decays is not None else jnp.zeros_like(t)

@@ -115,7 +115,7 @@ def _regular_change(chain: Chain, near: Scalar, t: Scalar) -> tuple[Scalar, Scal
     unit = jnp.where(unit > 0.0, unit, 1.0)
     v0, v_end = jnp.arcsinh(x0 / unit), jnp.arcsinh(end / unit)
     sign = jnp.where(v_end >= v0, 1.0, -1.0)
-    whole = 2.0 * _log_distance(unit, x0, end)
+    whole = _log_distance(unit, x0, end)
     at_rest = whole == 0.0
     whole = jnp.where(at_rest, 1.0, whole)
     close = jnp.minimum(whole, min(0.5, 2.0 / depth))
@@ -160,9 +160,8 @@ def _regular_change(chain: Chain, near: Scalar, t: Scalar) -> tuple[Scalar, Scal
     times = panel_times(density, edges)
     a = position_at(density, edges, times, jnp.minimum(t, times[-1]))
     x, moved, left, _ = place(a)
-    inverse = jnp.where(chain.others, end**2 + chain.squares, 1.0)
-    rate = jnp.sum(jnp.where(chain.others, end**2 / inverse, 0.0))
-    rate = chain.sxx * q_end**2 * (1.0 + rate)
+    # Beyond the panels only an end at 0 is not yet reached to rounding; there Q is constant.
+    rate = chain.sxx * q_end**2
     late = t > times[-1]
     tail = left * jnp.exp(-rate * jnp.where(late, t - times[-1], 0.0))
     x = jnp.where(late, end - sign * tail, x)
@@ -171,15 +170,12 @@ def _regular_change(chain: Chain, near: Scalar, t: Scalar) -> tuple[Scalar, Scal
 
 
 def _log_distance(unit: Scalar, x: Scalar, y: Scalar) -> Scalar:
-    """Half of |asinh(x/unit) - asinh(y/unit)|, without cancellation."""
+    """|asinh(x/unit) - asinh(y/unit)|, without cancellation."""
     a, b = x / unit, y / unit
-    return 0.5 * jnp.abs(jnp.arcsinh((a - b) * (a + b) / _crossed(a, b)))
-
-
-def _crossed(a: Scalar, b: Scalar) -> Scalar:
-    r"""$a \sqrt{1 + b^2} + b \sqrt{1 + a^2}$ with the sign of $a + b$, never 0."""
-    total = a * jnp.hypot(1.0, b) + b * jnp.hypot(1.0, a)
-    return jnp.where(total == 0.0, 1.0, total)
+    first, second = a * jnp.hypot(1.0, b), b * jnp.hypot(1.0, a)
+    same = first * second > 0.0
+    total = jnp.where(same, first + second, 1.0)
+    return jnp.abs(jnp.arcsinh(jnp.where(same, (a - b) * (a + b) / total, first - second)))
 
 
 def _fading_change(chain: Chain, t: Scalar) -> tuple[Scalar, Scalar]:

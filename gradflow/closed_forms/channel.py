@@ -1,6 +1,6 @@
 """One input, one output, depth 2: a hyperbolic rotation by a logistic angle."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,6 +18,19 @@ from gradflow.types import Scalar, Weights
 
 SMALL_ANGLE = 0.5
 """Below it weights are moved by their change, above it the two light-cone parts are scaled."""
+
+
+class Turn(NamedTuple):
+    r"""A hyperbolic rotation of $(w_1, w_2)$, and a shrinking.
+
+    - `angle`: $\theta$.
+    - `plus`, `minus`: the logarithms $\pm\theta - \lambda t$ of the growth of $w_1 \pm w_2$, each
+        to its own accuracy, which differences of large $\theta$ and $\lambda t$ would lose.
+    """
+
+    angle: Scalar
+    plus: Scalar
+    minus: Scalar
 
 
 def why_not_channel(weights: Weights) -> str | None:
@@ -50,7 +63,7 @@ class Channel(AbstractClosedForm):
         w1, w2 = prepared[0][:, 0], prepared[1][0]
         sxx, b = problem.input_moment[0, 0], problem.data.syx[0, 0]
         theta = rotation_angle(*invariants(w1, w2), sxx, b, t)
-        w1, w2 = rotate(w1, w2, theta, jnp.zeros_like(t))
+        w1, w2 = rotate(w1, w2, Turn(theta, theta, -theta))
         return w1[:, None], w2[None]
 
 
@@ -91,16 +104,15 @@ def rotation_angle(
 
 
 def rotate(
-    w1: Float[Array, " k"], w2: Float[Array, " k"], theta: Scalar, shrink: Scalar
+    w1: Float[Array, " k"], w2: Float[Array, " k"], turn: Turn
 ) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
-    r"""Scale $w_1 \pm w_2$ by $e^{\pm\theta}$ and both by $e^{-\mathrm{shrink}}$."""
-    small = jnp.abs(theta) < SMALL_ANGLE
-    angle = jnp.where(small, theta, 0.0)
-    rise, turn = 2.0 * jnp.sinh(0.5 * angle) ** 2, jnp.sinh(angle)
-    near = tuple(
-        jnp.exp(-shrink) * (w + (rise * w + turn * other)) for w, other in ((w1, w2), (w2, w1))
-    )
+    r"""Scale $w_1 + w_2$ and $w_1 - w_2$ by $e^{\mathrm{plus}}$ and $e^{\mathrm{minus}}$."""
+    small = jnp.abs(turn.angle) < SMALL_ANGLE
+    angle = jnp.where(small, turn.angle, 0.0)
+    rise, tilt = 2.0 * jnp.sinh(0.5 * angle) ** 2, jnp.sinh(angle)
+    shrunk = jnp.exp(0.5 * (turn.plus + turn.minus))
+    near = tuple(shrunk * (w + (rise * w + tilt * other)) for w, other in ((w1, w2), (w2, w1)))
     plus, minus = w1 + w2, w1 - w2
-    plus = jnp.where(plus == 0.0, 0.0, 0.5 * plus * jnp.exp(theta - shrink))
-    minus = jnp.where(minus == 0.0, 0.0, 0.5 * minus * jnp.exp(-theta - shrink))
+    plus = jnp.where(plus == 0.0, 0.0, 0.5 * plus * jnp.exp(turn.plus))
+    minus = jnp.where(minus == 0.0, 0.0, 0.5 * minus * jnp.exp(turn.minus))
     return jnp.where(small, near[0], plus + minus), jnp.where(small, near[1], plus - minus)

@@ -16,7 +16,7 @@ from gradflow.closed_forms.base import (
     why_not_quadratic,
 )
 from gradflow.closed_forms.bessel import bessel_ratios, log_first_kind_growth, reflected_ratio
-from gradflow.closed_forms.channel import invariants, rotate, why_not_channel
+from gradflow.closed_forms.channel import Turn, invariants, rotate, why_not_channel
 from gradflow.problem import Problem
 from gradflow.types import Scalar, Weights
 
@@ -53,21 +53,21 @@ class DecayingChannel(AbstractClosedForm):
         w1, w2 = prepared[0][:, 0], prepared[1][0]
         sxx, b = problem.input_moment[0, 0], problem.data.syx[0, 0]
         rate = decay_rate(problem)
-        theta = decaying_angle(*invariants(w1, w2), sxx, b, rate, t)
-        w1, w2 = rotate(w1, w2, theta, rate * t)
+        w1, w2 = rotate(w1, w2, decaying_turn(*invariants(w1, w2), sxx, b, rate, t))
         return w1[:, None], w2[None]
 
 
-def decaying_angle(
+def decaying_turn(
     alpha: Scalar, beta: Scalar, p0: Scalar, sxx: Scalar, b: Scalar, rate: Scalar, t: Scalar
-) -> Scalar:
-    r"""The angle $\theta(t)$ of $\dot\theta = b - \tfrac{s}{4} e^{-2\lambda t}(\alpha e^{2\theta}
-    - \beta e^{-2\theta})$, $\theta(0) = 0$, for $\lambda > 0$.
+) -> Turn:
+    r"""The turn by $\theta(t)$ of $\dot\theta = b - \tfrac{s}{4} e^{-2\lambda t}(\alpha
+    e^{2\theta} - \beta e^{-2\theta})$, $\theta(0) = 0$, that shrinks by $\lambda t$, $\lambda > 0$.
 
     $e^{2\theta} = N/D$ with the linear system $\dot N = b N + \tfrac{s}{2} \beta e^{-2\lambda t}
     D$, $\dot D = \tfrac{s}{2} \alpha e^{-2\lambda t} N - b D$, whose propagator is positive for
     $b \ge 0$. Short times by its power series, faint coupling to first order, otherwise by Bessel
-    functions.
+    functions. The growth $\theta - \lambda t$ of $w_1 + w_2$ stays bounded where $\theta$ does not,
+    so it is found without forming $\theta$.
     """
     turned = b < 0.0
     alpha, beta = jnp.where(turned, beta, alpha), jnp.where(turned, alpha, beta)
@@ -76,26 +76,39 @@ def decaying_angle(
     coupling = jnp.sqrt(up) * jnp.sqrt(down)
     short = (jnp.hypot(b, coupling) * t <= 8.0) & (2.0 * rate * t <= 1.0)
     faint = coupling <= 2.0 * rate * FAINT
-    by_series = _short_angle(up, down, b - sxx * p0, sxx * p0, b, rate, jnp.where(short, t, 0.0))
-    by_order = 0.5 * _faint_growth(up, down, b, rate, t)
-    safe = jnp.where(faint | short, 1.0, coupling)
-    by_bessel = _bessel_angle(
+    by_series = _short_growth(up, down, b - sxx * p0, sxx * p0, b, rate, jnp.where(short, t, 0.0))
+    by_order = _faint_growth(up, down, b, rate, t)
+    by_bessel = _bessel_growth(
         jnp.where(faint | short, 1.0, up),
         jnp.where(faint | short, 1.0, down),
-        safe,
+        jnp.where(faint | short, 1.0, coupling),
         jnp.where(faint | short, 0.0, sxx * p0),
         b,
         rate,
         t,
     )
-    theta = jnp.where(short, by_series, jnp.where(faint, by_order, by_bessel))
-    return jnp.where(turned, -theta, theta)
+    ratio, growth = (
+        jnp.where(short, one, jnp.where(faint, two, three))
+        for one, two, three in zip(
+            (by_series, by_series - 2.0 * rate * t), by_order, by_bessel, strict=True
+        )
+    )
+    theta, plus = 0.5 * ratio, 0.5 * growth
+    minus = -theta - rate * t
+    return Turn(
+        jnp.where(turned, -theta, theta),
+        jnp.where(turned, minus, plus),
+        jnp.where(turned, plus, minus),
+    )
 
 
-def _short_angle(
+def _short_growth(
     up: Scalar, down: Scalar, force: Scalar, pull: Scalar, b: Scalar, rate: Scalar, t: Scalar
 ) -> Scalar:
-    r"""By power series of $N$, $D$ and $N - D$ in pieces of the time; `force` is $b - s p_0$."""
+    r"""$\log N/D$ by power series of $N$, $D$ and $N - D$ in pieces of the time.
+
+    `force` is $b - s p_0$, `pull` is $s p_0$.
+    """
     dt = t / PIECES
     k = np.arange(TERMS)
     lag = k[:, None] - k
@@ -129,27 +142,44 @@ def _short_angle(
     n, d, gap = jax.lax.fori_loop(0, PIECES, piece, start)
     near = jnp.abs(gap) < 0.5 * d
     change = jnp.where(near, gap / d, 0.0)
-    return 0.5 * jnp.where(near, jnp.log1p(change), jnp.log(n) - jnp.log(d))
+    return jnp.where(near, jnp.log1p(change), jnp.log(n) - jnp.log(d))
 
 
-def _faint_growth(up: Scalar, down: Scalar, b: Scalar, rate: Scalar, t: Scalar) -> Scalar:
-    r"""$\log N/D$ where $s \alpha, s \beta$ may be large but their product is negligible."""
+def _faint_growth(
+    up: Scalar, down: Scalar, b: Scalar, rate: Scalar, t: Scalar
+) -> tuple[Scalar, Scalar]:
+    r"""$\log N/D$ and $\log N/D - 2 \lambda t$ where $s \alpha, s \beta$ may be large but their
+    product is negligible.
+
+    With $N e^{-bt} = 1 + F$, $D e^{bt} = 1 + \delta G$ and $x_+ = \max(2 (b - \lambda) t, 0)$:
+
+    $$\log N/D = 2 \min(b, \lambda) t + \log(1 + F) - \log(e^{-x_+} + \delta G e^{-x_+}).$$
+    """
     feed = up * t * mean_decay(2.0 * (b + rate) * t)
     share = up / (2.0 * (b + rate))
-    # D e^{bt} = 1 + down * int e^{2(b - rate) u} (1 + share (1 - e^{-2(b + rate) u})) du.
+    # G = int e^{2(b - rate) u} (1 + share (1 - e^{-2(b + rate) u})) du.
     x = 2.0 * (b - rate) * t
     rising = jnp.maximum(x, 0.0)
     # The integral divided by e^{rising}, so that nothing overflows.
     first = t * mean_decay(jnp.abs(x))
     second = t * mean_decay(4.0 * rate * t) * jnp.exp(-rising)
     integral = first + share * jnp.maximum(first - second, 0.0)
-    log_d = jnp.logaddexp(0.0, jnp.log(down) + jnp.log(integral) + rising)
-    return 2.0 * b * t + jnp.log1p(feed) - log_d
+    # D e^{bt} grows as e^{rising} at most: without that factor 2bt never has to cancel.
+    change = jnp.expm1(-rising) + down * integral
+    near = jnp.abs(change) < 0.5
+    log_d = jnp.where(
+        near,
+        jnp.log1p(jnp.where(near, change, 0.0)),
+        jnp.logaddexp(-rising, jnp.log(down) + jnp.log(integral)),
+    )
+    rest = jnp.log1p(feed) - log_d
+    return 2.0 * jnp.minimum(b, rate) * t + rest, jnp.minimum(x, 0.0) + rest
 
 
-def _bessel_angle(
+def _bessel_growth(
     up: Scalar, down: Scalar, coupling: Scalar, pull: Scalar, b: Scalar, rate: Scalar, t: Scalar
-) -> Scalar:
+) -> tuple[Scalar, Scalar]:
+    r"""$\log N/D$ and $\log N/D - 2 \lambda t$ by Bessel functions until the coupling is faint."""
     mu, s0 = b / (2.0 * rate), coupling / (2.0 * rate)
     last = jnp.maximum(jnp.log(s0 / FAINT), 0.0)  # from here on the coupling is faint
     x = jnp.minimum(2.0 * rate * t, last)
@@ -173,5 +203,8 @@ def _bessel_angle(
     )
     left = jnp.maximum(t - last / (2.0 * rate), 0.0)
     faint = coupling * jnp.exp(-x)
-    late = _faint_growth(faint * d / n, faint * n / d, b, rate, left)
-    return 0.5 * (early + jnp.where(left > 0.0, late, 0.0))
+    late, late_growth = (
+        jnp.where(left > 0.0, value, 0.0)
+        for value in _faint_growth(faint * d / n, faint * n / d, b, rate, left)
+    )
+    return early + late, (early - x) + late_growth

@@ -38,8 +38,14 @@ class FromOptax(eqx.Module):
         try:
             takes.bind(**given)
         except TypeError as error:
+            known = [
+                key
+                for key, parameter in takes.parameters.items()
+                if key != "learning_rate" and parameter.kind is not parameter.VAR_KEYWORD
+            ]
             raise ValueError(
-                f"FromOptax: optax.{name}{takes} does not take these options: {error}."
+                f"FromOptax: optax.{name} does not take these options: {error}; it has "
+                f"{', '.join(known)}."
             ) from error
 
     @property

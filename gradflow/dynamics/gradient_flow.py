@@ -4,16 +4,14 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, UInt32
+from jaxtyping import ArrayLike
 
-from gradflow.dynamics.base import AbstractDynamics, State, divergence_limit
-from gradflow.dynamics.ode import checked_tolerances, chosen_solver, integrate
+from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.problem import Problem
 from gradflow.types import Scalar, Weights
 
 
-class GradientFlow(AbstractDynamics):
+class GradientFlow(AbstractOdeFlow):
     r"""The ODE $\dot W = -\nabla \bar L(W)$ with the averaged loss $\bar L$ of the problem.
 
     Integrated by diffrax with adaptive steps that land exactly on every saved time, so saved
@@ -57,52 +55,14 @@ class GradientFlow(AbstractDynamics):
         self.conservative = conservative
         self.step_size = None
 
-    @property
-    def ticks_per_step(self) -> None:
-        """None: its steps are adaptive."""
-        return None
-
-    def is_random(self, problem: Problem) -> bool:
-        """False: the averaged loss is deterministic."""
-        return False
-
     def check(self, problem: Problem, weights: Weights) -> None:
         """Nothing to check beforehand."""
 
-    def init(self, problem: Problem, weights: Weights, block: int) -> State:
-        """Start with a first step of the solver's choice."""
-        paths = weights[0].shape[-1]
-        return State(weights, jnp.zeros((paths,)), (), divergence_limit(weights))
-
-    def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
-        """None are needed."""
+    def companions(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
+        """None."""
         return ()
 
-    def advance(
-        self,
-        problem: Problem,
-        state: State,
-        start: Array,
-        stop: Array,
-        key: UInt32[Array, "2"],
-        paths: UInt32[Array, " paths"],
-        block: int,
-    ) -> State:
-        """Integrate every path from flow time `start` to `stop`, each with its own steps."""
-        weights, planned = integrate(
-            _descent_direction,
-            self.solver,
-            self.rtol,
-            self.atol,
-            problem,
-            state.weights,
-            state.memory,
-            start,
-            stop,
-        )
-        return State(weights, planned, (), state.limit)
-
-
-def _descent_direction(t: Any, weights: Weights, problem: Problem) -> Weights:
-    del t
-    return tuple(-g for g in problem.averaged_gradient(weights))
+    def field(self, t: Any, state: tuple[Weights, ...], problem: Problem) -> tuple[Weights, ...]:
+        """The direction of steepest descent."""
+        del t
+        return (tuple(-g for g in problem.averaged_gradient(state[0])),)

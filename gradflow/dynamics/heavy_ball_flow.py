@@ -6,10 +6,9 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, UInt32
+from jaxtyping import ArrayLike
 
-from gradflow.dynamics.base import AbstractDynamics, State, divergence_limit, over_paths
+from gradflow.dynamics.base import over_paths
 from gradflow.dynamics.descent import (
     Decay,
     check_velocity,
@@ -20,12 +19,12 @@ from gradflow.dynamics.descent import (
     over_all_paths,
     penalty_gradient,
 )
-from gradflow.dynamics.ode import checked_tolerances, chosen_solver, integrate
+from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.problem import Problem
 from gradflow.types import Scalar, Weights
 
 
-class HeavyBallFlow(AbstractDynamics):
+class HeavyBallFlow(AbstractOdeFlow):
     r"""The ODE that heavy-ball descent follows to second order in its step size.
 
     $$m \ddot W + (1 - \beta) \dot W = -\nabla \bar L(W), \qquad m = (1 + \beta)\, h / 2, \qquad
@@ -93,61 +92,19 @@ class HeavyBallFlow(AbstractDynamics):
         self.decay = checked_decay("HeavyBallFlow", decay)
 
     @property
-    def ticks_per_step(self) -> None:
-        """None: its steps are adaptive."""
-        return None
-
-    @property
     def mass(self) -> Scalar:
         r"""$m = (1 + \beta)\, h / 2$."""
         return 0.5 * (1.0 + self.momentum) * self.step_size
-
-    def is_random(self, problem: Problem) -> bool:
-        """False: the averaged loss is deterministic."""
-        return False
 
     def check(self, problem: Problem, weights: Weights) -> None:
         """Raise a `ValueError` if the velocity does not fit the network."""
         check_velocity("HeavyBallFlow", self.velocity, weights)
 
-    def init(self, problem: Problem, weights: Weights, block: int) -> State:
-        """Start with the velocity of the descent and a first step of the solver's choice."""
-        start = _initial_velocity(self, problem, weights)
-        planned = jnp.zeros((weights[0].shape[-1],))
-        return State(weights, (start, planned), (), divergence_limit(weights))
+    def companions(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
+        r"""The velocity $\dot W(0)$ of the descent."""
+        return (_initial_velocity(self, problem, weights),)
 
-    def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
-        """None are needed."""
-        return ()
-
-    def advance(
-        self,
-        problem: Problem,
-        state: State,
-        start: Array,
-        stop: Array,
-        key: UInt32[Array, "2"],
-        paths: UInt32[Array, " paths"],
-        block: int,
-    ) -> State:
-        """Integrate every path from flow time `start` to `stop`, each with its own steps."""
-        velocity, planned = state.memory
-        (weights, velocity), planned = integrate(
-            self._field,
-            self.solver,
-            self.rtol,
-            self.atol,
-            problem,
-            (state.weights, velocity),
-            planned,
-            start,
-            stop,
-        )
-        return State(weights, (velocity, planned), (), state.limit)
-
-    def _field(
-        self, t: Any, state: tuple[Weights, Weights], problem: Problem
-    ) -> tuple[Weights, Weights]:
+    def field(self, t: Any, state: tuple[Weights, ...], problem: Problem) -> tuple[Weights, ...]:
         """The time derivatives of weights and velocity."""
         del t
         weights, velocity = state

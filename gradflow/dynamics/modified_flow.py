@@ -6,12 +6,11 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, UInt32
+from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.data import Regression
-from gradflow.dynamics.base import AbstractDynamics, State, divergence_limit
 from gradflow.dynamics.descent import checked_step_size
-from gradflow.dynamics.ode import checked_tolerances, chosen_solver, integrate
+from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.loss import pull_back
 from gradflow.network import end_to_end
 from gradflow.problem import Problem
@@ -23,7 +22,7 @@ ROWS_AT_ONCE = 64
 """Rows of the data whose gradients are formed together where noise acts inside the network."""
 
 
-class ModifiedFlow(AbstractDynamics):
+class ModifiedFlow(AbstractOdeFlow):
     r"""The ODE that gradient descent with step $h$ follows to higher order in $h$.
 
     $$\dot W = -\nabla \bar L - \tfrac h2 H \nabla \bar L
@@ -84,15 +83,6 @@ class ModifiedFlow(AbstractDynamics):
         self.solver = chosen_solver("ModifiedFlow", solver, stiff)
         self.stiff = stiff
 
-    @property
-    def ticks_per_step(self) -> None:
-        """None: its steps are adaptive."""
-        return None
-
-    def is_random(self, problem: Problem) -> bool:
-        """False: it describes the mean motion."""
-        return False
-
     def check(self, problem: Problem, weights: Weights) -> None:
         """Raise a `ValueError` for order 3 with batches that visit every row once an epoch."""
         if self.order > 2 and is_reshuffled(problem):
@@ -101,43 +91,14 @@ class ModifiedFlow(AbstractDynamics):
                 "True) is known to order 2 only; use order=2, or reshuffled=False."
             )
 
-    def init(self, problem: Problem, weights: Weights, block: int) -> State:
-        """Start with a first step of the solver's choice."""
-        paths = weights[0].shape[-1]
-        return State(weights, jnp.zeros((paths,)), (), divergence_limit(weights))
-
-    def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
-        """None are needed."""
+    def companions(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
+        """None."""
         return ()
 
-    def advance(
-        self,
-        problem: Problem,
-        state: State,
-        start: Array,
-        stop: Array,
-        key: UInt32[Array, "2"],
-        paths: UInt32[Array, " paths"],
-        block: int,
-    ) -> State:
-        """Integrate every path from flow time `start` to `stop`, each with its own steps."""
-
-        def field(t: Any, weights: Weights, problem: Problem) -> Weights:
-            del t
-            return modified_drift(problem, weights, self.step_size, self.order)
-
-        weights, planned = integrate(
-            field,
-            self.solver,
-            self.rtol,
-            self.atol,
-            problem,
-            state.weights,
-            state.memory,
-            start,
-            stop,
-        )
-        return State(weights, planned, (), state.limit)
+    def field(self, t: Any, state: tuple[Weights, ...], problem: Problem) -> tuple[Weights, ...]:
+        """The drift of backward error analysis."""
+        del t
+        return (modified_drift(problem, state[0], self.step_size, self.order),)
 
 
 def is_reshuffled(problem: Problem) -> bool:

@@ -1,5 +1,6 @@
-"""Adaptive integration of an ordinary differential equation for every path of an ensemble."""
+"""Dynamics that are ordinary differential equations, integrated with adaptive steps."""
 
+import abc
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
@@ -8,20 +9,83 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, UInt32
 
-from gradflow.dynamics.base import over_paths
+from gradflow.dynamics.base import AbstractDynamics, State, divergence_limit, over_paths
 from gradflow.problem import Problem
 from gradflow.regularizers.base import as_parameter
 from gradflow.solvers.gauss_legendre import GaussLegendre
 from gradflow.solvers.resumable import ResumableController
-from gradflow.types import Scalar
+from gradflow.types import Scalar, Weights
 
 MAX_STEPS = 1_000_000
 """Solver steps between two saved times before the solve is given up."""
 
 VectorField: TypeAlias = Callable[[Any, Any, Problem], Any]
 """The time derivative of the state of one path, a function of (t, state, problem)."""
+
+
+class AbstractOdeFlow(AbstractDynamics):
+    """A dynamics that is an ordinary differential equation of the weights and companions of theirs.
+
+    `solver` integrates it to the relative and absolute tolerance `rtol` and `atol`.
+    """
+
+    rtol: eqx.AbstractVar[Scalar]
+    atol: eqx.AbstractVar[Scalar]
+    solver: eqx.AbstractVar[diffrax.AbstractSolver]
+
+    @abc.abstractmethod
+    def companions(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
+        """What moves beside the weights, at the start; arrays end in the path axis."""
+
+    @abc.abstractmethod
+    def field(self, t: Any, state: tuple[Weights, ...], problem: Problem) -> tuple[Weights, ...]:
+        """The time derivatives of the weights and their companions, of one path."""
+
+    @property
+    def ticks_per_step(self) -> None:
+        """None: its steps are adaptive."""
+        return None
+
+    def is_random(self, problem: Problem) -> bool:
+        """False: it has no noise of its own."""
+        return False
+
+    def init(self, problem: Problem, weights: Weights, block: int) -> State:
+        """Start with a first step of the solver's choice."""
+        planned = jnp.zeros((weights[0].shape[-1],))
+        memory = (self.companions(problem, weights), planned)
+        return State(weights, memory, (), divergence_limit(weights))
+
+    def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
+        """None are needed."""
+        return ()
+
+    def advance(
+        self,
+        problem: Problem,
+        state: State,
+        start: Array,
+        stop: Array,
+        key: UInt32[Array, "2"],
+        paths: UInt32[Array, " paths"],
+        block: int,
+    ) -> State:
+        """Integrate every path from flow time `start` to `stop`, each with its own steps."""
+        companions, planned = state.memory
+        (weights, *companions), planned = integrate(
+            self.field,
+            self.solver,
+            self.rtol,
+            self.atol,
+            problem,
+            (state.weights, *companions),
+            planned,
+            start,
+            stop,
+        )
+        return State(weights, (tuple(companions), planned), (), state.limit)
 
 
 def checked_tolerances(owner: str, rtol: ArrayLike, atol: ArrayLike) -> tuple[Scalar, Scalar]:

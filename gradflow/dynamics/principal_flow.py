@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, ArrayLike, Complex, Float, UInt32
+from jaxtyping import Array, ArrayLike, Complex, Float
 
-from gradflow.dynamics.base import AbstractDynamics, State, divergence_limit
 from gradflow.dynamics.descent import checked_step_size
-from gradflow.dynamics.ode import checked_tolerances, chosen_solver, integrate
+from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.geometry.curvature import LARGEST_DENSE_HESSIAN
 from gradflow.problem import Problem
 from gradflow.regularizers.weight_decay import WeightDecay
@@ -21,7 +20,7 @@ REACH = 4.0
 """Squares of the real points from which a gradient is continued to the imaginary axis lie below."""
 
 
-class PrincipalFlow(AbstractDynamics):
+class PrincipalFlow(AbstractOdeFlow):
     r"""The ODE in complex weights that follows gradient descent mode by mode.
 
     $$\dot W = \sum_i \frac{\log(1 - h \lambda_i)}{h \lambda_i}\,
@@ -65,15 +64,6 @@ class PrincipalFlow(AbstractDynamics):
         self.rtol, self.atol = checked_tolerances("PrincipalFlow", rtol, atol)
         self.solver = chosen_solver("PrincipalFlow", solver, stiff=False)
 
-    @property
-    def ticks_per_step(self) -> None:
-        """None: its steps are adaptive."""
-        return None
-
-    def is_random(self, problem: Problem) -> bool:
-        """False: it describes gradient descent on the averaged loss."""
-        return False
-
     def check(self, problem: Problem, weights: Weights) -> None:
         """Raise a `ValueError` for too many parameters, or a penalty that cannot be continued."""
         parameters = sum(int(np.prod(w.shape[:-1])) for w in weights)
@@ -89,45 +79,15 @@ class PrincipalFlow(AbstractDynamics):
                 f"polynomial, which {', '.join(others)} need not be; use ModifiedFlow."
             )
 
-    def init(self, problem: Problem, weights: Weights, block: int) -> State:
-        """Start with real weights and a first step of the solver's choice."""
-        paths = weights[0].shape[-1]
-        imaginary = tuple(jnp.zeros_like(w) for w in weights)
-        return State(weights, (imaginary, jnp.zeros((paths,))), (), divergence_limit(weights))
+    def companions(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
+        """The imaginary parts of the weights, 0."""
+        return (tuple(jnp.zeros_like(w) for w in weights),)
 
-    def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
-        """None are needed."""
-        return ()
-
-    def advance(
-        self,
-        problem: Problem,
-        state: State,
-        start: Array,
-        stop: Array,
-        key: UInt32[Array, "2"],
-        paths: UInt32[Array, " paths"],
-        block: int,
-    ) -> State:
-        """Integrate every path from flow time `start` to `stop`, each with its own steps."""
-
-        def field(t: Any, parts: tuple[Weights, Weights], problem: Problem) -> Any:
-            del t
-            return principal_direction(problem, *parts, self.step_size)
-
-        imaginary, first_steps = state.memory
-        (real, imaginary), planned = integrate(
-            field,
-            self.solver,
-            self.rtol,
-            self.atol,
-            problem,
-            (state.weights, imaginary),
-            first_steps,
-            start,
-            stop,
-        )
-        return State(real, (imaginary, planned), (), state.limit)
+    def field(self, t: Any, state: tuple[Weights, ...], problem: Problem) -> tuple[Weights, ...]:
+        """The derivatives of the real and the imaginary parts."""
+        del t
+        real, imaginary = state
+        return principal_direction(problem, real, imaginary, self.step_size)
 
 
 def principal_direction(

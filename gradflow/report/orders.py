@@ -22,6 +22,9 @@ from gradflow.report.style import (
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
+_PALE = 0.7
+"""How much white there is in points that are not in the fit."""
+
 _SLOPES = (1, 2, 3)
 _DASHES = {
     1: (0.0, (6.0, 2.0)),
@@ -35,9 +38,10 @@ def draw_orders(
 ) -> Drawing:
     """Draws the differences of two dynamics against the step size, both axes logarithmic.
 
-    Filled points are above noise and resolution, with one standard error; hollow ones are not, and
-    their bar ends at an upper limit, |difference| + 3 standard errors. Lines are the fitted orders
-    over the asymptotic range. Grey lines have slopes 1, 2 and 3.
+    Filled points are in the fit, with one standard error; pale ones are not. Hollow ones are not
+    above noise and resolution, and their bar ends at an upper limit, |difference| + 3 standard
+    errors. Lines are the fitted orders over the range of the fit. Grey lines have slopes 1, 2
+    and 3.
 
     **Arguments:**
 
@@ -75,6 +79,10 @@ def _draw(
     _set_limits(axes, shown)
     guides = _draw_guides(axes)
     marks = [*guides]
+    if any((p.seen & ~_fitted(p, rows[p.observable])).any() for p in shown):
+        look = {"marker": "o", "color": MUTED, "markersize": 6.0}
+        look["markerfacecolor"] = shaded(MUTED, _PALE)
+        marks.append(Line2D([], [], linestyle="none", label="not in the fit", **look))
     if any((_drawable(p) & ~p.seen).any() for p in shown):
         look = {"marker": "o", "color": MUTED, "markerfacecolor": "white", "markersize": 6.0}
         marks.append(Line2D([], [], linestyle="none", label="not seen, with upper limit", **look))
@@ -88,6 +96,11 @@ def _draw(
 def _drawable(points: OrderPoints) -> np.ndarray:
     """Returns which differences have a place on logarithmic axes: a limit above zero will do."""
     return np.isfinite(points.error) & (_limit(points) > 0.0)
+
+
+def _fitted(points: OrderPoints, row: OrderRow) -> np.ndarray:
+    """Returns which differences an order was read from."""
+    return points.seen & points.used & row.resolved
 
 
 def _limit(points: OrderPoints) -> np.ndarray:
@@ -126,7 +139,11 @@ def _draw_points(
         **bars,
     )
     look = {"marker": marker, "color": colour, "markersize": 6.0}
-    axes.plot(h[seen], size[seen], linestyle="none", markeredgecolor="white", zorder=4, **look)
+    pale = {"linestyle": "none", "markerfacecolor": shaded(colour, _PALE), **look}
+    fitted = _fitted(points, row)
+    left = seen & ~fitted
+    axes.plot(h[fitted], size[fitted], linestyle="none", markeredgecolor="white", zorder=4, **look)
+    axes.plot(h[left], size[left], zorder=4, **pale)
     axes.plot(
         h[faint],
         height[faint],
@@ -137,11 +154,9 @@ def _draw_points(
         **look,
     )
     if not row.resolved or row.asymptotic_range is None:
-        return Line2D([], [], linestyle="none", label=f"{name}: {row.status}", **look)
-    low, high = row.asymptotic_range
-    used = points.used & seen
-    centre = np.exp(np.mean(np.log(h[used]))), np.exp(np.mean(np.log(size[used])))
-    ends = np.array([low / 1.12, high * 1.12])
+        return Line2D([], [], label=f"{name}: {row.status}", **pale)
+    centre = np.exp(np.mean(np.log(h[fitted]))), np.exp(np.mean(np.log(size[fitted])))
+    ends = np.array(row.asymptotic_range)
     axes.plot(ends, centre[1] * (ends / centre[0]) ** row.order, color=colour, lw=1.3, zorder=2)
     label = f"{name}: order {row.order:.2f} [{row.low:.2f}, {row.high:.2f}]"
     return Line2D([], [], lw=1.3, label=label, **look)
@@ -175,7 +190,7 @@ def _difference_label(orders: Orders, shown: list[OrderPoints]) -> str:
     """Returns the label of the vertical axis; units only if all observables share them."""
     units = {p.units for p in shown}
     names = {p.long_name for p in shown}
-    kind = f"{orders.kind} difference" if orders.random else "difference"
+    kind = f"{orders.kind} difference".strip() if orders.random else "difference"
     of = f" of the {names.pop()}" if len(names) == 1 else ""
     if len(units) == 1:
         return axis_label(kind + of, units.pop(), 44)
@@ -187,6 +202,6 @@ def _caption(orders: Orders, caption: str) -> str:
     default = (
         f"{orders.first} against {orders.second} at t = {when}"
         f"{f' ({orders.coupling})' if orders.random else ''}; one standard error; lines span the "
-        "asymptotic range."
+        "range of the fit."
     )
     return sentence(caption or default, *(f"{note.rstrip('.')}." for note in orders.notes))

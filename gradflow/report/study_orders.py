@@ -29,17 +29,22 @@ def draw_study_orders(result: StudyResult, spec: OrdersFigure) -> Drawing:
     ]
     if len(chosen) == 1:
         return draw_orders(parts[0], spec.title, spec.caption)
+    kinds = {part.kind if part.random else "" for part in named}
+    mixed = "; ".join(f"{table.label}: {table.orders.kind}" for table in chosen)
+    mixed = f"Distances: {mixed}." if len(kinds) > 1 else ""
     merged = replace(
         named[0],
         rows=tuple(row for part in named for row in part.rows),
         points=tuple(points for part in named for points in part.points),
+        kind=kinds.pop() if len(kinds) == 1 else "",
         random=any(part.random for part in named),
         notes=tuple(dict.fromkeys(note for part in named for note in part.notes)),
     )
     when = ", ".join(f"{t:g}" for t in sorted({max(part.times) for part in named}))
     shared = "; ".join(dict.fromkeys(part.coupling for part in named if part.random))
     caption = sentence(
-        spec.caption or f"At t = {when}; one standard error; lines span the asymptotic range.",
+        spec.caption or f"At t = {when}; one standard error; lines span the range of the fit.",
+        mixed,
         f"Noise: {shared}." if shared else "",
     )
     return draw_orders(merged, spec.title, caption)

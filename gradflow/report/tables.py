@@ -9,7 +9,7 @@ from typing import Any
 from gradflow.analysis.order_results import OrderRow
 from gradflow.report.formatting import MISSING, duration, interval, number, with_error
 from gradflow.report.reading import RunView, run_views
-from gradflow.study.results import ClaimResult, StudyResult
+from gradflow.study.results import ClaimResult, OrdersResult, StudyResult
 
 
 @dataclass(frozen=True)
@@ -215,19 +215,21 @@ class OrderLine:
 def order_lines(result: StudyResult) -> list[OrderLine]:
     """Returns the table of orders: one line for each observable of each [[orders]] table."""
     return [
-        _order_line(table.label, table.orders.kind, row)
-        for table in result.orders.values()
-        for row in table.orders.rows
+        _order_line(table, row) for table in result.orders.values() for row in table.orders.rows
     ]
 
 
-def _order_line(pair: str, distance: str, row: OrderRow) -> OrderLine:
+def _order_line(table: OrdersResult, row: OrderRow) -> OrderLine:
+    pair, distance = table.label, table.orders.kind
+    status = f"{row.status} (interrupted)" if table.interrupted else row.status
     if not row.resolved:
-        return OrderLine(pair, row.observable, distance, Cell(MISSING), "", row.status, row.reason)
+        return OrderLine(pair, row.observable, distance, Cell(MISSING), "", status, row.reason)
     bounds = f"{100 * row.confidence:g}\u00a0% {interval(row.low, row.high)}"
-    sizes = "" if row.asymptotic_range is None else interval(*row.asymptotic_range)
+    sizes = ""
+    if row.asymptotic_range is not None:  # not measured numbers: they keep their digits
+        sizes = f"[{', '.join(number(h) for h in row.asymptotic_range)}]"
     order = Cell(number(row.order), (bounds,))
-    return OrderLine(pair, row.observable, distance, order, sizes, row.status, row.reason)
+    return OrderLine(pair, row.observable, distance, order, sizes, status, row.reason)
 
 
 def order_remarks(result: StudyResult) -> list[tuple[str, str]]:

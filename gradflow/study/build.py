@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from gradflow import dynamics as dynamics_room, init
+from gradflow.analysis.coupling import at_step_size, couple
+from gradflow.analysis.order_fit import FEWEST
 from gradflow.data import Regression
 from gradflow.describe import rebuild_regularizer
 from gradflow.dynamics import AbstractDynamics, FromOptax
@@ -128,6 +130,11 @@ class _Building:
             self.place = at
             if orders.replicas is None and any(d.is_random(problem) for d in (first, second)):
                 raise ValueError("compares random dynamics; give replicas, such as 10000")
+            self.place = (*at, "step_sizes")
+            steps = _dividing(orders)
+            self.place = (*at, "distance")
+            if orders.distance == "strong":
+                _check_common_noise(problem, network, first, second, steps)
         except (ValueError, TypeError, OSError) as error:
             self.faults.append(Fault(self.place, str(error)))
             return None
@@ -143,7 +150,10 @@ class _Building:
         _check_widths(network, data)
         self.place = (*at, "regularizers")
         regularizers = [build_regularizer(item) for item in table.regularizers]
-        return Problem(data, regularizers=regularizers), network
+        problem = Problem(data, regularizers=regularizers)
+        if regularizers:
+            jax.eval_shape(problem.averaged_loss, network.weights)  # raises if one does not fit
+        return problem, network
 
 
 def build_data(spec: DataSpec, folder: FilePath) -> Regression:
@@ -282,6 +292,37 @@ def _network_place(run: RunSpec | OrdersSpec, at: Path) -> Path:
     if isinstance(run.network, str):
         return ("network",) if run.network == "default" else ("networks", run.network)
     return (*at, "network")
+
+
+def _dividing(orders: OrdersSpec) -> list[float]:
+    """The step sizes rounded so that they divide the flow time."""
+    counts = {max(round(orders.t1 / h), 1) for h in orders.step_sizes}
+    steps = [orders.t1 / count for count in sorted(counts)]
+    if len(steps) < FEWEST:
+        rounded = ", ".join(f"{h:g}" for h in steps)
+        raise ValueError(
+            f"got {len(steps)} that divide t1 = {orders.t1:g} after rounding ({rounded}); an order "
+            f"needs {FEWEST}"
+        )
+    return steps
+
+
+def _check_common_noise(
+    problem: Problem,
+    network: DeepLinear,
+    first: AbstractDynamics,
+    second: AbstractDynamics,
+    steps: list[float],
+) -> None:
+    for h in steps:
+        pair = at_step_size(first, h, "first"), at_step_size(second, h, "second")
+        shared = couple(problem, network.widths, *pair)
+        if not shared.paired:
+            names = " and ".join(type(one).__name__ for one in pair)
+            raise ValueError(
+                f'got "strong"; {names} share no noise ({shared.words}), so they have no distance '
+                'path by path; give distance = "weak"'
+            )
 
 
 def _check_widths(network: DeepLinear, data: Regression) -> None:

@@ -117,6 +117,9 @@ def _orders(spec: StudySpec, orders: OrdersSpec, at: Path) -> Iterator[Fault]:
     has_data, has_network = spec.data is not None, spec.network is not None
     yield from _reference(orders.data, has_data, list(spec.datasets), "data", at)
     yield from _reference(orders.network, has_network, list(spec.networks), "network", at)
+    if isinstance(orders.first, WITHOUT_STEP) and isinstance(orders.second, WITHOUT_STEP):
+        message = f"got {orders.second.kind} beside {orders.first.kind}; neither has a step size"
+        yield Fault((*at, "second"), f"{message}, so nothing depends on step_sizes")
     if len(set(orders.step_sizes)) < len(orders.step_sizes):
         message = f"got {shown(orders.step_sizes)}; allowed: different step sizes"
         yield Fault((*at, "step_sizes"), message)

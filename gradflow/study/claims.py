@@ -32,7 +32,8 @@ def judge(
 ) -> ClaimResult:
     """Measure what a claim is about and compare it with what the claim says.
 
-    A claim fails when the value cannot be measured, and is undecided when the comparison cannot
+    A claim fails when the value cannot be measured (but is undecided when it is an order that
+    cannot be resolved), and is undecided when the comparison cannot
     tell: an expected value that theory does not give, a missing standard error, or one so large
     that nearly every outcome would pass.
     """
@@ -49,7 +50,9 @@ def judge(
         else:
             measurement = MEASURES[claim.quantity](claim, [runs[name] for name in names])
     except ValueError as error:
-        return _result(claim, Measurement(math.nan), claim.expected, "fails", str(error))
+        # An order that cannot be read says nothing about the one that is claimed.
+        verdict: Verdict = "fails" if claim.orders is None else "undecided"
+        return _result(claim, Measurement(math.nan), claim.expected, verdict, str(error))
     if QUANTITIES[claim.quantity].words:
         return _judge_word(claim, measurement)
     if claim.expected == "predicted":

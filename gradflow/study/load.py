@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from gradflow.study.check import check
 from gradflow.study.faults import Fault, not_one_of, shown, suggestion
 from gradflow.study.locate import Lines, Path as KeyPath, syntax_error_line
+from gradflow.study.order_tables import given_step_sizes
 from gradflow.study.part import Part, take_part
 from gradflow.study.short import shorten
 from gradflow.study.spec import StudySpec
@@ -91,8 +92,9 @@ def load_study(
     try:
         spec = StudySpec.model_validate(table)
     except ValidationError as error:
-        raise SpecError(_render(path, lines, table, _faults(error))) from error
-    if faults := check(spec):
+        faults = [*_faults(error), *given_step_sizes(table)]
+        raise SpecError(_render(path, lines, table, faults)) from error
+    if faults := [*check(spec), *given_step_sizes(table)]:
         raise SpecError(_render(path, lines, table, faults))
     if short:
         spec = shorten(spec)

@@ -5,14 +5,16 @@ A description is the sentence an error prints as "allowed".
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import Field, Tag, model_validator
 
+from gradflow.study.faults import Fault, shown
 from gradflow.study.tables import (
     NAME,
     WITHOUT_STEP,
-    Count,
     DataSpec,
     DynamicsSpec,
     Name,
@@ -24,6 +26,22 @@ from gradflow.study.tables import (
 )
 
 _STEPLESS = [kind.__name__ for kind in WITHOUT_STEP]
+_PAIR = ("first", "second")
+
+
+def given_step_sizes(table: Mapping[str, Any]) -> Iterator[Fault]:
+    """Step sizes inside `first` and `second`, which would have no effect, in a spec as read."""
+    found = table.get("orders")
+    for i, orders in enumerate(found if isinstance(found, list) else ()):
+        for key in _PAIR:
+            dynamics = orders.get(key) if isinstance(orders, dict) else None
+            if _takes_step_size(dynamics) and "step_size" in dynamics:
+                message = f"got {shown(dynamics['step_size'])}; the step sizes are those of "
+                yield Fault(("orders", i, key, "step_size"), f"{message}step_sizes; leave it out")
+
+
+def _takes_step_size(dynamics: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(dynamics, dict) and dynamics.get("kind") not in _STEPLESS
 
 
 class OrdersSpec(Section):
@@ -46,8 +64,8 @@ class OrdersSpec(Section):
     second: DynamicsSpec = Field(
         description='a table such as { kind = "ModifiedFlow", order = 2 }, without step_size'
     )
-    step_sizes: Annotated[list[Positive], Field(min_length=2)] = Field(
-        description="a list of at least two step sizes > 0"
+    step_sizes: Annotated[list[Positive], Field(min_length=3)] = Field(
+        description="a list of at least three step sizes > 0"
     )
     t1: Positive = Field(description="the flow time at which they are compared, a number > 0")
     distance: Literal["strong", "weak"] = Field(
@@ -58,24 +76,35 @@ class OrdersSpec(Section):
         min_length=1,
         description="a list of names of observables, or 'weights'",
     )
-    replicas: Count | None = Field(default=None, description="a whole number >= 1")
+    replicas: int | None = Field(default=None, ge=2, description="a whole number >= 2")
     seed: int | None = Field(default=None, ge=0, description="a whole number >= 0")
 
     @model_validator(mode="before")
     @classmethod
     def _give_step_size(cls, table: Any) -> Any:
-        """Both dynamics get the first step size; the laboratory goes through all of them."""
+        """Both dynamics get the first step size; the laboratory goes through all of them.
+
+        Where that is not one, they get a placeholder: what is wrong with it is said once.
+        """
         if not isinstance(table, dict):
             return table
         sizes = table.get("step_sizes")
-        if not isinstance(sizes, list) or not sizes:
-            return table
+        first = sizes[0] if isinstance(sizes, list) and sizes else None
+        if not (isinstance(first, int | float) and math.isfinite(first) and first > 0):
+            first = 1.0
         filled = dict(table)
-        for key in ("first", "second"):
+        for key in _PAIR:
             dynamics = table.get(key)
-            if isinstance(dynamics, dict) and dynamics.get("kind") not in _STEPLESS:
-                filled[key] = {"step_size": sizes[0], **dynamics}
+            if _takes_step_size(dynamics):
+                filled[key] = {**dynamics, "step_size": float(first)}
         return filled
+
+    def as_given(self) -> dict[str, Any]:
+        """All settings, ready for JSON, without the step size that was filled in."""
+        settings = self.model_dump(mode="json")
+        for key in _PAIR:
+            settings[key].pop("step_size", None)
+        return settings
 
     @property
     def title(self) -> str:

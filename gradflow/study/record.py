@@ -10,7 +10,7 @@ from typing import Any
 
 from gradflow.study.load import Study
 from gradflow.study.output import ResultFolder
-from gradflow.study.results import StudyResult
+from gradflow.study.results import OrdersResult, StudyResult
 
 CLAIMS = "claims.json"
 SPEC = "spec.toml"
@@ -19,7 +19,9 @@ SPEC = "spec.toml"
 def write_spec(folder: ResultFolder, study: Study) -> None:
     """Write the spec: the text as given, and every setting as run, defaults and options applied."""
     folder.write_text(SPEC, study.text)
-    settings = {"short": study.short, **study.spec.model_dump(mode="json", exclude={"short"})}
+    spec = study.spec
+    settings = {"short": study.short, **spec.model_dump(mode="json", exclude={"short"})}
+    settings["orders"] = [orders.as_given() for orders in spec.orders]
     folder.write_json("spec.json", settings)
 
 
@@ -32,8 +34,28 @@ def write_claims(folder: ResultFolder, result: StudyResult) -> None:
             "study": result.spec.name,
             "holds": result.holds,
             "counts": {v: verdicts.count(v) for v in ("holds", "fails", "undecided")},
-            "claims": [_finite(asdict(claim)) for claim in result.claims],
+            "claims": [finite(asdict(claim)) for claim in result.claims],
         },
+    )
+
+
+def orders_record(result: OrdersResult) -> dict[str, Any]:
+    """The fitted orders of an [[orders]] table, what they rest on, and why some have no number."""
+    measured = result.orders
+    rows = [asdict(row) for row in measured.rows]
+    return finite(
+        {
+            "name": result.name,
+            "first": measured.first,
+            "second": measured.second,
+            "distance": measured.kind,
+            "times": measured.times,
+            "coupling": measured.coupling,
+            "interrupted": measured.interrupted,
+            "overall": None if measured.overall is None else asdict(measured.overall),
+            "rows": rows,
+            "notes": [*measured.notes, *result.notes],
+        }
     )
 
 
@@ -54,15 +76,27 @@ def status(result: StudyResult, study: Study) -> dict[str, Any]:
                 "notes": list(run.notes),
             }
             for name, run in result.runs.items()
-        },
+        }
+        | _missing(result, [run.name for run in result.spec.run]),
         "orders": {
             name: {
                 "status": "interrupted" if table.interrupted else "complete",
                 "notes": list(table.notes),
             }
             for name, table in result.orders.items()
-        },
+        }
+        | _missing(result, [table.name for table in result.spec.orders]),
         "errors": result.errors,
+    }
+
+
+def _missing(result: StudyResult, names: list[str]) -> dict[str, Any]:
+    """Runs or tables that left no result: they broke, or were not reached before Ctrl-C."""
+    done = {**result.runs, **result.orders}
+    return {
+        name: {"status": "failed" if name in result.errors else "nothing recorded"}
+        for name in names
+        if name not in done
     }
 
 
@@ -74,10 +108,10 @@ def own_version() -> str:
         return "unknown"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: replace what is not finite by None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

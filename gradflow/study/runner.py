@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import traceback
@@ -21,6 +22,7 @@ from gradflow.study.build import Prepared, PreparedOrders, PreparedRun
 from gradflow.study.claims import judge_all
 from gradflow.study.load import Study
 from gradflow.study.progress import Job, Reporter, Silent, divergence
+from gradflow.study.record import orders_record
 from gradflow.study.results import OrdersResult, RunResult, StudyResult
 from gradflow.study.spec import StudySpec
 from gradflow.trajectory import Trajectory
@@ -45,9 +47,10 @@ def run_study(
     """Carry out the runs of a study and its [[orders]] tables, and judge its claims.
 
     Each trajectory is written to `out/runs/NAME.nc` and each table of distances to
-    `out/orders/NAME.csv` as soon as it is there. Ctrl-C ends the jobs at their next report of
-    progress; what they have is kept and the result is "interrupted". A job that breaks does not
-    stop the others; it is listed in `errors` and the result is "failed".
+    `out/orders/NAME.csv`, its fitted orders to `out/orders/NAME.json`, as soon as it is there.
+    Ctrl-C ends the jobs at their next report of progress; what they have is kept and the result is
+    "interrupted". A job that breaks does not stop the others; it is listed in `errors` and the
+    result is "failed".
 
     **Arguments:**
 
@@ -155,7 +158,10 @@ class _Execution:
         folder.mkdir(exist_ok=True)
         measured.point_table().to_csv(folder / f"{spec.name}.csv", index=False)
         notes = tuple(self.warnings[threading.get_ident()])
-        return OrdersResult(spec.name, spec.title, spec, measured, notes)
+        result = OrdersResult(spec.name, spec.title, spec, measured, notes)
+        text = json.dumps(orders_record(result), indent=2, allow_nan=False)
+        (folder / f"{spec.name}.json").write_text(f"{text}\n", "utf-8")
+        return result
 
     def _progress_of(self, job: Job) -> Callable[[float, float, str], None]:
         def progress(done: float, total: float, message: str) -> None:

@@ -19,7 +19,7 @@ def shorten(spec: StudySpec) -> StudySpec:
 def _fewer_replicas(orders: OrdersSpec, short: ShortSpec) -> OrdersSpec:
     if short.replicas is None or orders.replicas is None:
         return orders
-    return orders.model_copy(update={"replicas": min(orders.replicas, short.replicas)})
+    return orders.model_copy(update={"replicas": min(orders.replicas, max(short.replicas, 2))})
 
 
 def _shortened(run: RunSpec, short: ShortSpec) -> RunSpec:

@@ -183,3 +183,34 @@ def test_step_sizes_close_together_say_nothing():
         fit = fit_order(h, h, np.full(3, noise), np.full(3, resolution))
         assert fit.status == UNRESOLVED and fit.replicas_factor is None
         assert "spread the step sizes" in fit.reason
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.1, 4), (0.1, 5), (0.25, 3), (0.25, 4)])
+def test_a_slope_on_its_way_from_two_to_one_is_no_order(share: float, count: int):
+    """e = h + h^2/x with x a share of the largest step: local slopes fall from nearly 2."""
+    h = 0.2 * 0.5 ** np.arange(count)
+    error = h + h**2 / (0.2 * share)
+    fit = fit_order(h, error, np.zeros(count), np.full(count, 1e-15), spacing=1.0)
+    assert fit.status == "not asymptotic"
+
+
+def test_an_interval_holds_the_order_of_exact_mixtures():
+    """400 mixtures of h and h^2 of any weight: no interval that is given misses the order 1."""
+    rng = np.random.default_rng(0)
+    for count in (3, 4, 5):
+        h = 0.2 * 0.5 ** np.arange(count)
+        resolved = 0
+        for x in 0.2 * 10.0 ** rng.uniform(-1.0, 1.0, size=400):
+            fit = fit_order(h, h + h**2 / x, 0.0 * h, np.full(count, 1e-15), spacing=1.0)
+            resolved += fit.status == "resolved"
+            assert fit.status != "resolved" or fit.low <= 1.0 <= fit.high
+        assert resolved > 150
+
+
+@pytest.mark.parametrize("steps", [(16, 32, 64), (16, 24, 32), (10, 20, 40)])
+def test_saturated_differences_have_no_order(steps: tuple[int, ...]):
+    """(1 - h)^(t/h) against e^-t long after both are gone."""
+    h = 12.0 / np.array(steps)
+    error = np.abs((1.0 - h) ** np.array(steps) - np.exp(-12.0))
+    fit = fit_order(h, error, np.zeros(3), np.full(3, 1e-15), spacing=1.0)
+    assert fit.status == "not asymptotic"

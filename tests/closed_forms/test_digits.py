@@ -45,11 +45,18 @@ def test_opposite_weights_decay_to_the_saddle(form: str):
             assert abs(sign * mp.mpf(float(layer[k, 0, 0])) / exact - 1) < 1e-12
 
 
-def test_a_chain_passes_close_to_a_saddle():
-    w1, w2, sxx, b, t = 34.0, 34.0 + 3e-9, 0.12, -2.4, 0.6
-    run = evaluate("scalar chain", scalar_problem(sxx, b), scalar_layers(w1, w2), [t])
-    for layer, exact in zip(run, exact_pair((w1, w2, sxx, b), t), strict=True):
-        assert abs(mp.mpf(float(layer[0, 0, 0])) / exact - 1) < 1e-12
+@pytest.mark.parametrize(
+    ("case", "marks"),
+    [
+        ((34.0, 34.0 + 3e-9, 0.12, -2.4), [0.6, 3.0, 5.0, 8.0]),  # passes close to the saddle
+        ((0.5, 0.7, 1.0, 0.0), [1.0, 30.0, 100.0, 300.0]),  # the smaller weight decays to 0
+    ],
+)
+def test_chains_to_relative_accuracy_near_zero(case: tuple[float, ...], marks: list[float]):
+    run = evaluate("scalar chain", scalar_problem(*case[2:]), scalar_layers(*case[:2]), marks)
+    for k, t in enumerate(marks):
+        for layer, exact in zip(run, exact_pair(case, t), strict=True):
+            assert abs(mp.mpf(float(layer[k, 0, 0])) / exact - 1) < 1e-12
 
 
 @pytest.mark.parametrize("case", EXTREMES)
@@ -85,6 +92,7 @@ def exact_decaying_pair(case: Sequence[float], t: float) -> tuple:
     return (z + u / z) / 2, (z - u / z) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [  # w1, w2, sxx, b, decay
@@ -95,6 +103,7 @@ def exact_decaying_pair(case: Sequence[float], t: float) -> tuple:
         (1e-6, 2e-6, 1.3, 1.0, 0.05),
         (1.5, 0.2, 1.0, 1.0, 0.004),
         (1.0, 1.0 + 1e-10, 1.0, 3.0, 0.3),
+        (0.5, -0.5 + 2.0**-54, 1.0, 5.0, 2.0),  # faint coupling all the way from a saddle
         (1e-3, 1e-3 + 1e-12, 9.8, 0.03, 2.0),  # order of the Bessel functions below 0
     ],
 )
@@ -107,6 +116,35 @@ def test_decaying_pairs(case: tuple[float, ...]):
         exact = exact_decaying_pair(case, t)
         for layer, value in zip(run, exact, strict=True):
             assert abs(mp.mpf(float(layer[k, 0, 0])) / value - 1) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("case", "marks"),
+    [  # growth 2bt of 2e4 to 4e5
+        ((0.0170879, 0.000564489, 0.311136, 96.116, 0.0320387), [500.0, 1000.0, 2215.66]),
+        ((0.9, 0.3, 1.0, 1.0, 0.01), [1e4]),
+        ((0.9, 0.3, 1.0, -1.0, 0.01), [1e4]),
+    ],
+)
+def test_decaying_pairs_at_long_times(case: tuple[float, ...], marks: list[float]):
+    run = evaluate("decaying channel", scalar_problem(*case[2:]), scalar_layers(*case[:2]), marks)
+    for k, t in enumerate(marks):
+        for layer, value in zip(run, exact_decaying_pair(case, t), strict=True):
+            assert abs(mp.mpf(float(layer[k, 0, 0])) / value - 1) < 1e-13
+
+
+@pytest.mark.parametrize("form", ["decaying channel", "aligned pairs"])
+@pytest.mark.parametrize("b", [1.0, -1.0])
+@pytest.mark.parametrize("decay", [1e-2, 1e-4, 1e-6, 1e-8])
+def test_decaying_pairs_rest_at_their_fixed_point(form: str, b: float, decay: float):
+    """At w1 = |w2| = sqrt(|b| - decay): what is left of w1^2 - w2^2 is e^{-200} of the start."""
+    run = evaluate(
+        form, scalar_problem(1.0, b, decay), scalar_layers(0.9, 0.3), [1e2 / decay, 1e15]
+    )
+    root = mp.sqrt(1 - mp.mpf(decay))
+    for layer, sign in zip(run, (1.0, b), strict=True):
+        for value in layer[:, 0, 0]:
+            assert abs(sign * mp.mpf(float(value)) / root - 1) < 1e-14
 
 
 def test_weak_decay_tends_to_none():

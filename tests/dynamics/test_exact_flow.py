@@ -22,7 +22,7 @@ def white(target: object, *regularizers: gf.AbstractRegularizer) -> gf.Problem:
 
 
 CHOICES = [
-    (white(TARGET, gf.WeightDecay(0.1)), gf.DeepLinear([TARGET]), "linear"),
+    (white(TARGET, gf.WeightDecay(0.1), gf.InputNoise(0.4)), gf.DeepLinear([W1]), "linear"),
     (white([[1.0]], gf.LabelNoise(0.3)), scalar(2.0, -0.1), "channel"),
     (white([[1.0]], gf.WeightDecay(0.1)), scalar(2.0, -0.1), "decaying channel"),
     (white([[1.0]], gf.WeightDecay(0.0)), scalar(2.0, -0.1), "channel"),

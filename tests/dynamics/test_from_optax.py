@@ -41,3 +41,10 @@ def test_a_schedule_by_name():
 def test_wrong_names_and_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         gf.FromOptax(name, **options)
+
+
+def test_a_wrong_option_is_answered_with_the_names_of_the_others():
+    with pytest.raises(ValueError) as caught:
+        gf.FromOptax("adam", beta=0.9)
+    text = str(caught.value)
+    assert "; it has b1, b2, eps, " in text and "learning_rate" not in text and len(text) < 200

@@ -162,10 +162,10 @@ def states_of(dynamics: gf.dynamics.HeavyBallFlow, times: np.ndarray, rate: floa
             block,
         )
     )
-    found = [(state.weights, state.memory[0])]
+    found = [(state.weights, state.memory[0][0])]
     for start, stop in itertools.pairwise(times):
         state = advance(state, start, stop)
-        found.append((state.weights, state.memory[0]))
+        found.append((state.weights, state.memory[0][0]))
     weights, velocity = zip(*found, strict=True)
     return tuple(
         [np.stack([np.asarray(w)[..., 0] for w in layer]) for layer in zip(*kind, strict=True)]

@@ -560,6 +560,7 @@ def test_stratonovich_solvers_let_the_imbalance_decay(solver: diffrax.AbstractSo
     assert np.max(np.abs(ratio - 1.0)) < 0.01
 
 
+@pytest.mark.slow
 def test_ito_and_stratonovich_routes_meet_on_the_same_path():
     """2-3-2 with noise that does not commute: on a path they differ by O(dt^(1/2)) or less."""
     problem, replicas = problem_of(gf.LabelNoise(0.5), gf.Minibatch(3)), 100

@@ -1,7 +1,10 @@
 """The figure of an order measurement, from measurements of our own making."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from gradflow.analysis.order_fit import fit_order
@@ -111,6 +114,26 @@ def test_points_lines_and_guides(tmp_path):
     assert any(np.isclose(top, error[1] + 6e-5) for top in tops)
     png, svg = save_figure(drawing.figure, tmp_path / "orders")
     assert png.stat().st_size > 10_000 and "slope 2" in svg.read_text()
+
+
+def test_what_is_not_in_the_fit_looks_so():
+    part = measured(("imbalance", H, 0.01 * H))
+    used = np.array([False, True, True, True])
+    points = (replace(part.points[0], used=used),)
+    rows = (replace(part.rows[0], asymptotic_range=(H[3], H[1])),)
+    drawing = draw_orders(replace(part, points=points, rows=rows))
+    (axes,) = drawing.figure.axes
+    lines = {tuple(np.round(line.get_xdata(), 6)): line for line in axes.get_lines()}
+    colour = to_rgb(lines[tuple(np.round(H[1:], 6))].get_markerfacecolor())
+    pale = to_rgb(lines[tuple(np.round(H[:1], 6))].get_markerfacecolor())
+    assert min(pale) > max(min(colour), 0.5)
+    assert tuple(np.round(H[[3, 1]], 6)) in lines  # the line spans the fit and no more
+    assert "not in the fit" in words(drawing) and "range of the fit" in drawing.caption
+    # nothing of what gave no order is in a fit
+    rows = (replace(part.rows[0], status="not asymptotic", asymptotic_range=None),)
+    drawing = draw_orders(replace(part, rows=rows))
+    lines = {tuple(np.round(x.get_xdata(), 6)): x for x in drawing.figure.axes[0].get_lines()}
+    assert to_rgb(lines[tuple(np.round(H, 6))].get_markerfacecolor()) == pale
 
 
 def test_exact_differences_and_own_labels():

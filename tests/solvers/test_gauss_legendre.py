@@ -190,6 +190,7 @@ def test_order(order: int):
         np.testing.assert_allclose(top_invariants(end), top_invariants(TOP), rtol=0.0, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_error_follows_the_tolerance(order: int):
     tolerances = [1e-4, 1e-6] if order == 2 else [1e-5, 1e-8]
@@ -234,6 +235,7 @@ def test_adaptive_steps_conserve_and_agree_with_scipy():
     assert moved(widths, run.end) < 3e-14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_invariant_of_an_oscillator_over_many_steps(order: int):
     y0 = {"q": jnp.array([1.0, 0.5]), "p": jnp.array([[0.0, 0.25]])[0]}

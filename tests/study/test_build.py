@@ -38,6 +38,13 @@ def test_regularizers(load):
     assert kinds == [gf.LabelNoise, gf.InputNoise, gf.WeightDecay, gf.Minibatch]
 
 
+@pytest.mark.parametrize("kind", ["Dropout", "DropConnect"])
+def test_a_regularizer_of_a_layer_that_is_not_there_is_an_error_of_the_spec(load, kind):
+    wrong = f'regularizers = [{{ kind = "{kind}", rate = 0.1, layers = [7] }}]\n'
+    with pytest.raises(SpecError, match=rf'run "flow", regularizers: {kind}.layers: .*7.*depth 2'):
+        built(load, HEAD + RUN + wrong)
+
+
 NETWORKS = {
     "gaussian": "widths = [1, 3, 1]\nscale = 0.5\nseed = 3",
     "orthogonal": "widths = [1, 3, 1]\nseed = 3",

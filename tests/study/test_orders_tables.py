@@ -1,6 +1,9 @@
 """[[orders]] tables from the spec to results, claims, figures and the page."""
 
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,16 +11,20 @@ import pytest
 from specs import HEAD, RUN
 
 import gradflow as gf
-from gradflow.analysis.order_results import OrderRow, Orders
+from gradflow.analysis.order_results import OrderPoints, OrderRow, Orders
 from gradflow.report.draw import draw_figures
 from gradflow.report.page import write_page
+from gradflow.report.study_orders import draw_study_orders
+from gradflow.report.tables import order_lines
 from gradflow.study.build import prepare
 from gradflow.study.load import SpecError
 from gradflow.study.order_measures import measure_order
 from gradflow.study.order_tables import OrdersSpec
-from gradflow.study.results import OrdersResult
+from gradflow.study.output import ResultFolder
+from gradflow.study.record import status, write_spec
+from gradflow.study.results import OrdersResult, StudyResult
 from gradflow.study.runner import run_study
-from gradflow.study.spec import ClaimSpec
+from gradflow.study.spec import ClaimSpec, Orders as OrdersFigure, StudySpec
 
 TABLE = """\
 [[orders]]
@@ -59,6 +66,15 @@ def test_a_table_is_measured_judged_and_drawn(load, tmp_path):
         for dynamics in (gf.GradientDescent(0.1), gf.GradientFlow(1e-11, 1e-13))
     ]
     gap = math.sqrt(sum(float(np.sum((a - b) ** 2)) for a, b in zip(*ends, strict=True)))
+    text = (tmp_path / "orders" / "descent_and_flow.json").read_text()
+    record = json.loads(text)
+    measured = result.orders["descent_and_flow"].orders
+    assert (record["distance"], record["first"]) == ("strong", "GradientDescent")
+    assert record["overall"]["order"] == measured.order() and record["interrupted"] is False
+    for written, row in zip(record["rows"], measured.rows, strict=True):
+        assert written["observable"] == row.observable and written["status"] == row.status
+        assert written["low"] == row.low and written["asymptotic_range"] == [*row.asymptotic_range]
+        assert written["replicas_needed"] is None and written["reason"] == row.reason
     row = table[(table["observable"] == "weights") & np.isclose(table["step_size"], 0.1)]
     assert float(row["error"].iloc[0]) == pytest.approx(gap, rel=1e-7)
     (figure,) = draw_figures(result)
@@ -99,6 +115,108 @@ def test_what_is_wrong_is_said(load, text, message):
         prepare(load(HEAD + text))
 
 
+SECOND = '{ kind = "GradientFlow", rtol = 1e-11, atol = 1e-13 }'
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        (TABLE.replace('Descent" }', 'Descent", step_size = 0.1 }'),
+         ["11: {}, first.step_size: got 0.1; the step sizes are those of step_sizes; leave it "
+          "out"]),
+        (TABLE.replace('Descent" }', 'Descent", step_size = "a" }').replace("0.0125]", "-1]"),
+         ["11: {}, first.step_size: got \"a\"; the step sizes are those of step_sizes; leave it "
+          "out", "13: {}, step_sizes[3]: got -1; allowed: a number > 0"]),
+        (TABLE.replace(", 0.025, 0.0125", ""),
+         ["13: {}, step_sizes: got [0.1, 0.05]; allowed: a list of at least three step sizes > "
+          "0"]),
+        (TABLE.replace("0.025, 0.0125", "0.0999"),
+         ["13: {}, step_sizes: got 2 that divide t1 = 1 after rounding (0.1, 0.05); an order needs "
+          "3"]),
+        (TABLE.replace("[0.1, 0.05, 0.025, 0.0125]", '"small"'),
+         ['13: {}, step_sizes: got "small"; allowed: a list of at least three step sizes > 0']),
+        (TABLE.replace('kind = "GradientDescent"', 'kind = "ExactFlow"'),
+         ["12: {}, second: got GradientFlow beside ExactFlow; neither has a step size, so nothing "
+          "depends on step_sizes"]),
+        (TABLE + 'regularizers = [{ kind = "Dropout", rate = 0.1, layers = [7] }]\n',
+         ["16: {}, regularizers: Dropout.layers: 7 is not a hidden layer"]),
+        (TABLE.replace(SECOND, '{ kind = "StochasticFlow" }') + "replicas = 10\n"
+         'regularizers = [{ kind = "Dropout", rate = 0.1 }]\ndistance = "strong"\n',
+         ['18: {}, distance: got "strong"; GradientDescent and StochasticFlow share no noise']),
+    ],
+)  # fmt: skip
+def test_what_is_knowable_before_computing_is_said_before(load, text, messages):
+    with pytest.raises(SpecError) as caught:
+        prepare(load(HEAD + text))
+    said = [line.partition("spec.toml:")[2] for line in str(caught.value).splitlines()]
+    table = 'orders "descent_and_flow"'
+    assert len(said) == len(messages)
+    for line, message in zip(said, messages, strict=True):
+        assert line.startswith(message.format(table))
+
+
+def test_a_misspelled_list_of_step_sizes_is_the_only_error(load):
+    with pytest.raises(SpecError) as caught:
+        load(HEAD + TABLE.replace("step_sizes", "step_size"))
+    missing, unknown = str(caught.value).splitlines()
+    assert "step_sizes: is missing" in missing
+    assert 'step_size: unknown key; did you mean "step_sizes"?' in unknown
+
+
+def test_the_record_of_what_was_not_reached(load, tmp_path):
+    study = load(HEAD + TABLE)
+    folder = ResultFolder(tmp_path / "out")
+    write_spec(folder, study)
+    (table,) = json.loads((folder.path / "spec.json").read_text())["orders"]
+    assert "step_size" not in table["first"] and table["step_sizes"][0] == 0.1
+    result = run_study(study, prepare(study), folder.path)
+    stopped = status(replace(result, orders={}, status="interrupted"), study)
+    assert stopped["orders"] == {"descent_and_flow": {"status": "nothing recorded"}}
+    broken = replace(result, orders={}, errors={"descent_and_flow": "x"})
+    assert status(broken, study)["orders"]["descent_and_flow"] == {"status": "failed"}
+
+
+def test_the_page_says_what_was_interrupted_and_keeps_the_digits_of_step_sizes():
+    row = replace(_row("loss", 1.0), asymptotic_range=(0.025, 0.1))
+    spec = _spec()
+    for interrupted, said in ((False, "resolved"), (True, "resolved (interrupted)")):
+        measured = _orders((row,), None, interrupted=interrupted)
+        result = StudyResult(StudySpec(name="s", orders=[spec]), {}, (), Path(), 1.0,
+                             orders={"a": OrdersResult("a", "a", spec, measured)})  # fmt: skip
+        (line,) = order_lines(result)
+        assert line.status == said and line.range == "[0.025, 0.1]"
+
+
+def test_a_figure_of_strong_and_weak_tables_is_of_neither():
+    points = OrderPoints("loss", "loss", "", H, H, 0.01 * H, 0 * H, np.full(3, 9), np.zeros(3, int),
+                         np.full(3, True), np.full(3, True))  # fmt: skip
+    spec, row = _spec(), replace(_row("loss", 1.0), asymptotic_range=(0.025, 0.1))
+    tables = {}
+    for kind in ("weak", "strong"):
+        measured = replace(_orders((row,), row), kind=kind, points=(points,))
+        tables[kind] = OrdersResult(kind, f"table of {kind}", spec, measured)
+    result = StudyResult(StudySpec(name="s", orders=[spec]), {}, (), Path(), 1.0, orders=tables)
+    both = draw_study_orders(result, OrdersFigure(kind="orders"))
+    assert both.figure.axes[0].get_ylabel().startswith("difference")
+    assert "table of weak: weak; table of strong: strong" in both.caption
+    weak = draw_study_orders(result, OrdersFigure(kind="orders", orders=["weak"]))
+    assert weak.figure.axes[0].get_ylabel().startswith("weak difference")
+
+
+H = np.array([0.1, 0.05, 0.025])
+
+
+def _spec():
+    return OrdersSpec.model_validate(
+        {"name": "a", "first": {"kind": "GradientDescent"}, "second": {"kind": "GradientFlow"},
+         "step_sizes": [0.1, 0.05, 0.025], "t1": 1.0}
+    )  # fmt: skip
+
+
+def _orders(rows, overall, *, interrupted=False):
+    return Orders(rows, (), overall, "a", "b", "weak", True, "", (1.0,), 0.95, (), interrupted)
+
+
 def _row(observable, order, status="resolved"):
     resolved = status == "resolved"
     value = order if resolved else math.nan
@@ -109,12 +227,7 @@ def _row(observable, order, status="resolved"):
 def _measure(quantity, *rows, observable=None, overall=None):
     keys = {"sentence": "x", "orders": "a", "quantity": quantity, "at_most": 1.0}
     claim = ClaimSpec.model_validate({**keys, "observable": observable})
-    spec = OrdersSpec.model_validate(
-        {"name": "a", "first": {"kind": "GradientDescent"}, "second": {"kind": "GradientFlow"},
-         "step_sizes": [0.1, 0.05], "t1": 1.0}
-    )  # fmt: skip
-    measured = Orders(rows, (), overall, "a", "b", "weak", True, "", (1.0,), 0.95, (), False)
-    return measure_order(claim, OrdersResult("a", "a", spec, measured))
+    return measure_order(claim, OrdersResult("a", "a", _spec(), _orders(rows, overall)))
 
 
 def test_the_order_of_an_array_is_its_smallest():

@@ -317,6 +317,7 @@ def normals(seed, replicas=400):
     return np.random.default_rng(seed).normal(size=(replicas, 3)) @ mixing.T
 
 
+@pytest.mark.slow
 def test_false_alarms_come_at_most_at_the_stated_rate():
     """300 pairs at 5 percent: 15 expected at most, 27 is 3.2 standard deviations above."""
     alarms = 0

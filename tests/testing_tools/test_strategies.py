@@ -43,6 +43,7 @@ def test_a_network_that_must_be_unbalanced_shrinks_to_whole_numbers():
     assert sorted(layers(net)) == [[[0.0]], [[2.0]]]
 
 
+@pytest.mark.slow
 def test_layers_that_must_not_commute_shrink_to_few_ones():
     def condition(net):
         a, b = as_numpy(net.weights)
@@ -58,6 +59,7 @@ def test_an_entry_in_a_narrow_range_shrinks_to_few_digits():
     assert smallest(gt.entries(), lambda x: x < -0.7) in (-0.8, -1.0)
 
 
+@pytest.mark.slow
 def test_balanced_and_conditioned_networks_shrink_to_the_identity():
     balanced = gt.networks(widths=(2, 2, 2), imbalance=0)
     assert layers(smallest(balanced)) == [np.eye(2).tolist()] * 2
@@ -69,6 +71,7 @@ def test_imbalance_shrinks_to_a_heavy_first_layer():
     assert layers(smallest(gt.networks(imbalance=3.0))) == [[[2.0]], [[1.0]]]
 
 
+@pytest.mark.slow
 def test_data_shrink_to_the_identity_covariance_without_target():
     data = smallest(gt.data(2, 1))
     assert data.is_population and float(data.n) == 1.0
@@ -89,6 +92,7 @@ def test_problems_shrink_to_no_regularizer_and_keep_only_the_guilty_one():
     assert len(problem.regularizers) == 1
 
 
+@pytest.mark.slow
 def test_orthogonal_and_invertible_matrices_shrink_to_the_identity():
     np.testing.assert_array_equal(smallest(gt.orthogonal(3)), np.eye(3))
     np.testing.assert_array_equal(smallest(gt.invertible(3)), np.eye(3))
