@@ -45,6 +45,9 @@ SAME_LAYER: dict[str, tuple[str, ...]] = {
 # Within a folder a file imports only from `base.py`; in these also from the files before it.
 ORDERED: dict[str, tuple[str, ...]] = {
     "dynamics": (
+        "settings",
+        "layers",
+        "noise",
         "ode",
         "from_optax",
         "descent",

@@ -1,9 +1,8 @@
 """Gradient descent and stochastic gradient descent."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -20,12 +19,20 @@ from gradflow.dynamics.base import (
     over_paths,
     widths_of,
 )
+from gradflow.dynamics.layers import added, minus_scaled, over_all_paths, penalty_gradient
+from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
+from gradflow.dynamics.settings import (
+    Decay,
+    check_velocity,
+    checked_count,
+    checked_decay,
+    checked_momentum,
+    checked_step_size,
+    checked_velocity,
+)
 from gradflow.problem import Problem
-from gradflow.regularizers.base import as_parameter
 from gradflow.streams import Stream
 from gradflow.types import Scalar, Weights
-
-Decay = Literal["coupled", "decoupled"]
 
 
 class GradientDescent(AbstractDynamics):
@@ -242,149 +249,7 @@ class _Memory(eqx.Module):
     shift: Weights | None
 
 
-# Noise
-
-
-def shapes_of_one(draw: Callable[[Stream], Any]) -> Any:
-    """Shapes of the random numbers that a draw takes for one step of one path."""
-    one = jax.ShapeDtypeStruct((1,), jnp.uint32)
-    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    drawn = eqx.filter_eval_shape(lambda k, s, p: draw(Stream(k, s, p)), key, one, one)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:-1], leaf.dtype), drawn)
-
-
-def at_step(noise: Any, step: Array) -> Any:
-    """The entries of one step of a block."""
-    return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, step, keepdims=False), noise
-    )
-
-
-def drawn_on_grid(problem: Problem, stream: Stream, widths: tuple[int, ...], fineness: int) -> Any:
-    r"""The draws of steps that are `fineness` $= s$ steps of a finer grid each.
-
-    $$\zeta_k = s^{-1/2} \sum_{j=0}^{s-1} \zeta^{\mathrm{fine}}_{k s + j},$$
-
-    the increments of one Brownian path seen on two grids. The draws must be normals.
-    """
-    if fineness == 1:
-        return problem.draw(stream, widths)
-    firsts = stream.steps * jnp.uint32(fineness)
-
-    def fine(j: Array) -> Any:
-        return problem.draw(stream.at_steps(firsts + j.astype(jnp.uint32)), widths)
-
-    def add(j: Array, total: Any) -> Any:
-        return jax.tree.map(jnp.add, total, fine(j))
-
-    total = jax.lax.fori_loop(1, fineness, add, fine(jnp.zeros((), jnp.uint32)))
-    return jax.tree.map(lambda leaf: leaf / math.sqrt(fineness), total)
-
-
-def check_gaussian(field: str, value: int, problem: Problem) -> None:
-    """Raise unless the noise of SGD on the problem is Gaussian, so that a Brownian path drives it.
-
-    **Raises:** `ValueError` naming the regularizers that are not.
-    """
-    if not problem.is_gaussian:
-        names = [type(r).__name__ for r in problem.regularizers if r.is_stochastic]
-        raise ValueError(
-            f"{field}={value}: a Brownian path drives SGD only where its noise is exactly Gaussian "
-            "(LabelNoise on the full batch, GradientNoise), not with "
-            f"{' and '.join(names)}; leave it out."
-        )
-
-
-# Layers
-
-
-def added(weights: Weights, update: Weights) -> Weights:
-    """$W_i + U_i$."""
-    return tuple(w + u for w, u in zip(weights, update, strict=True))
-
-
-def minus_scaled(weights: Weights, h: Scalar, gradient: Weights) -> Weights:
-    """$W_i - h g_i$."""
-    return tuple(w - h * g for w, g in zip(weights, gradient, strict=True))
-
-
-def penalty_gradient(problem: Problem, weights: Weights) -> Weights:
-    """The gradient of all penalties together; zeros if there are none."""
-    return problem.add_penalties(tuple(jnp.zeros_like(w) for w in weights), weights)
-
-
-def over_all_paths(layers: Weights | None, weights: Weights) -> Weights:
-    """One array a layer, repeated for every path of an ensemble; None for zeros."""
-    if layers is None:
-        return tuple(jnp.zeros_like(w) for w in weights)
-    return tuple(
-        jnp.broadcast_to(v[..., None], w.shape).astype(w.dtype)
-        for v, w in zip(layers, weights, strict=True)
-    )
-
-
-# Settings
-
-
-def checked_step_size(owner: str, value: ArrayLike) -> Scalar:
-    """A step size as an array. **Raises:** `ValueError` unless it is finite and > 0."""
-    step_size = as_parameter(value)
-    h = float(step_size)
-    if not (0.0 < h < float("inf")):
-        raise ValueError(f"{owner}.step_size must be a finite number > 0; got {h}.")
-    return step_size
-
-
-def checked_momentum(owner: str, value: ArrayLike) -> Scalar:
-    """A momentum as an array. **Raises:** `ValueError` unless it lies in [0, 1)."""
-    momentum = as_parameter(value)
-    beta = float(momentum)
-    if not (0.0 <= beta < 1.0):
-        raise ValueError(f"{owner}.momentum must lie in [0, 1); got {beta}.")
-    return momentum
-
-
-def checked_decay(owner: str, value: Any) -> Decay:
-    """How penalties act. **Raises:** `ValueError` for anything but the two words."""
-    if value not in ("coupled", "decoupled"):
-        raise ValueError(f"{owner}.decay must be 'coupled' or 'decoupled'; got {value!r}.")
-    return value
-
-
-def checked_count(field: str, value: Any) -> int:
-    """A whole number. **Raises:** `ValueError` unless it is an integer >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field} must be an integer >= 1; got {value!r}.")
-    return value
-
-
-def checked_velocity(owner: str, velocity: Sequence[Any] | None) -> Weights | None:
-    """A velocity as arrays. **Raises:** `ValueError` unless it is one finite matrix a layer."""
-    if velocity is None:
-        return None
-    try:
-        layers = tuple(jnp.asarray(v, jnp.result_type(float)) for v in velocity)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{owner}.velocity must be a list with one array a layer.") from error
-    for i, layer in enumerate(layers, start=1):
-        if layer.ndim != 2 or not bool(jnp.all(jnp.isfinite(layer))):
-            raise ValueError(
-                f"{owner}.velocity: entry {i} must be a matrix of finite numbers, shaped like "
-                f"layer {i} of the network; got shape {layer.shape}."
-            )
-    return layers
-
-
-def check_velocity(owner: str, velocity: Weights | None, weights: Weights) -> None:
-    """Raise a `ValueError` if the shapes of a velocity are not those of the layers."""
-    if velocity is None:
-        return
-    given, needed = [v.shape for v in velocity], [w.shape[:-1] for w in weights]
-    if given != needed:
-        raise ValueError(
-            f"{owner}.velocity has layers of shapes {given}, but the network has {needed}; give "
-            "one array a layer, first layer first."
-        )
+# Schedules and optimizers
 
 
 @eqx.filter_jit

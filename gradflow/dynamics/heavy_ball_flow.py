@@ -9,17 +9,16 @@ import jax
 from jaxtyping import ArrayLike
 
 from gradflow.dynamics.base import over_paths
-from gradflow.dynamics.descent import (
+from gradflow.dynamics.layers import over_all_paths, penalty_gradient
+from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
+from gradflow.dynamics.settings import (
     Decay,
     check_velocity,
     checked_decay,
     checked_momentum,
     checked_step_size,
     checked_velocity,
-    over_all_paths,
-    penalty_gradient,
 )
-from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.problem import Problem
 from gradflow.types import Scalar, Weights
 

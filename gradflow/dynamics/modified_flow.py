@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.data import Regression
-from gradflow.dynamics.descent import checked_step_size
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
+from gradflow.dynamics.settings import checked_step_size
 from gradflow.loss import pull_back
 from gradflow.network import end_to_end
 from gradflow.problem import Problem

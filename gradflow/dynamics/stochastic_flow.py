@@ -17,19 +17,16 @@ from gradflow.dynamics.base import (
     empty_noise,
     widths_of,
 )
-from gradflow.dynamics.descent import (
-    checked_count,
-    checked_step_size,
-    penalty_gradient,
-    shapes_of_one,
-)
+from gradflow.dynamics.layers import penalty_gradient
 from gradflow.dynamics.modified_flow import is_reshuffled
+from gradflow.dynamics.noise import shapes_of_one
 from gradflow.dynamics.sde_terms import (
     ClosedNoiseTerm,
     SampledNoiseTerm,
     StochasticGradientTerm,
     drift_term,
 )
+from gradflow.dynamics.settings import checked_count, checked_step_size
 from gradflow.network import left_products, right_products
 from gradflow.problem import Problem
 from gradflow.solvers.grid_path import GridBrownianPath

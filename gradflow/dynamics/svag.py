@@ -18,15 +18,9 @@ from gradflow.dynamics.base import (
     over_paths,
     widths_of,
 )
-from gradflow.dynamics.descent import (
-    at_step,
-    check_gaussian,
-    checked_count,
-    checked_step_size,
-    drawn_on_grid,
-    minus_scaled,
-    shapes_of_one,
-)
+from gradflow.dynamics.layers import minus_scaled
+from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
+from gradflow.dynamics.settings import checked_count, checked_step_size
 from gradflow.problem import Problem
 from gradflow.regularizers import Minibatch
 from gradflow.streams import Stream

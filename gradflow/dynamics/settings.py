@@ -1,0 +1,73 @@
+"""Settings that several dynamics share, checked when they are given."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import ArrayLike
+
+from gradflow.regularizers.base import as_parameter
+from gradflow.types import Scalar, Weights
+
+Decay = Literal["coupled", "decoupled"]
+
+
+def checked_step_size(owner: str, value: ArrayLike) -> Scalar:
+    """A step size as an array. **Raises:** `ValueError` unless it is finite and > 0."""
+    step_size = as_parameter(value)
+    h = float(step_size)
+    if not (0.0 < h < float("inf")):
+        raise ValueError(f"{owner}.step_size must be a finite number > 0; got {h}.")
+    return step_size
+
+
+def checked_momentum(owner: str, value: ArrayLike) -> Scalar:
+    """A momentum as an array. **Raises:** `ValueError` unless it lies in [0, 1)."""
+    momentum = as_parameter(value)
+    beta = float(momentum)
+    if not (0.0 <= beta < 1.0):
+        raise ValueError(f"{owner}.momentum must lie in [0, 1); got {beta}.")
+    return momentum
+
+
+def checked_decay(owner: str, value: Any) -> Decay:
+    """How penalties act. **Raises:** `ValueError` for anything but the two words."""
+    if value not in ("coupled", "decoupled"):
+        raise ValueError(f"{owner}.decay must be 'coupled' or 'decoupled'; got {value!r}.")
+    return value
+
+
+def checked_count(field: str, value: Any) -> int:
+    """A whole number. **Raises:** `ValueError` unless it is an integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field} must be an integer >= 1; got {value!r}.")
+    return value
+
+
+def checked_velocity(owner: str, velocity: Sequence[Any] | None) -> Weights | None:
+    """A velocity as arrays. **Raises:** `ValueError` unless it is one finite matrix a layer."""
+    if velocity is None:
+        return None
+    try:
+        layers = tuple(jnp.asarray(v, jnp.result_type(float)) for v in velocity)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{owner}.velocity must be a list with one array a layer.") from error
+    for i, layer in enumerate(layers, start=1):
+        if layer.ndim != 2 or not bool(jnp.all(jnp.isfinite(layer))):
+            raise ValueError(
+                f"{owner}.velocity: entry {i} must be a matrix of finite numbers, shaped like "
+                f"layer {i} of the network; got shape {layer.shape}."
+            )
+    return layers
+
+
+def check_velocity(owner: str, velocity: Weights | None, weights: Weights) -> None:
+    """Raise a `ValueError` if the shapes of a velocity are not those of the layers."""
+    if velocity is None:
+        return
+    given, needed = [v.shape for v in velocity], [w.shape[:-1] for w in weights]
+    if given != needed:
+        raise ValueError(
+            f"{owner}.velocity has layers of shapes {given}, but the network has {needed}; give "
+            "one array a layer, first layer first."
+        )
