@@ -118,3 +118,8 @@ def right_products(weights: Weights) -> list[Float[Array, "_ d_0"]]:
         below = w @ below
         products.append(below)
     return products
+
+
+def widths_of(weights: Weights) -> tuple[int, ...]:
+    """The widths $(d_0, ..., d_N)$ of layers with or without a path axis."""
+    return (weights[0].shape[1], *(w.shape[0] for w in weights))

@@ -17,8 +17,8 @@ import xarray as xr
 from jaxtyping import PRNGKeyArray
 
 from gradflow.describe import describe
-from gradflow.dynamics.base import AbstractDynamics, State, block_length, widths_of
-from gradflow.network import DeepLinear
+from gradflow.dynamics.base import AbstractDynamics, State, block_length
+from gradflow.network import DeepLinear, widths_of
 from gradflow.observables import BUILT_IN, Observable, ObservableSpec, observe, resolve
 from gradflow.problem import Problem
 from gradflow.progress import ProgressBar, Report, automatic

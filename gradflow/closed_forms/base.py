@@ -71,11 +71,6 @@ def copied(weights: Weights) -> Weights:
     return tuple(jnp.array(w) for w in weights)
 
 
-def widths_of(weights: Weights) -> tuple[int, ...]:
-    """The widths $(d_0, ..., d_N)$ of one network."""
-    return (weights[0].shape[1], *(w.shape[0] for w in weights))
-
-
 def mean_decay(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     r"""$(1 - e^{-x})/x$, the mean of $e^{-x u}$ over $0 \le u \le 1$; 1 at 0."""
     safe = jnp.where(x == 0.0, 1.0, x)

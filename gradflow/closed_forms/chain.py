@@ -9,9 +9,9 @@ from gradflow.closed_forms.base import (
     copied,
     why_decaying,
     why_not_quadratic,
-    widths_of,
 )
 from gradflow.closed_forms.chain_kernel import chain_weights
+from gradflow.network import widths_of
 from gradflow.problem import Problem
 from gradflow.types import Scalar, Weights
 

@@ -11,8 +11,8 @@ from gradflow.closed_forms.base import (
     mean_decay,
     why_decaying,
     why_not_quadratic,
-    widths_of,
 )
+from gradflow.network import widths_of
 from gradflow.problem import Problem
 from gradflow.types import Scalar, Weights
 

@@ -85,11 +85,6 @@ def over_paths(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.vmap(function, in_axes=-1, out_axes=-1)
 
 
-def widths_of(weights: Weights) -> tuple[int, ...]:
-    """The widths $(d_0, ..., d_N)$ of layers with or without a path axis."""
-    return (weights[0].shape[1], *(w.shape[0] for w in weights))
-
-
 def squared_norm(weights: Weights) -> Scalar:
     r"""$\\sum_i |W_i|^2$ of one path."""
     return sum((jnp.sum(w * w) for w in weights), start=jnp.zeros((), weights[0].dtype))

@@ -17,7 +17,6 @@ from gradflow.dynamics.base import (
     divergence_limit,
     empty_noise,
     over_paths,
-    widths_of,
 )
 from gradflow.dynamics.layers import added, minus_scaled, over_all_paths, penalty_gradient
 from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
@@ -30,6 +29,7 @@ from gradflow.dynamics.settings import (
     checked_step_size,
     checked_velocity,
 )
+from gradflow.network import widths_of
 from gradflow.problem import Problem
 from gradflow.streams import Stream
 from gradflow.types import Scalar, Weights

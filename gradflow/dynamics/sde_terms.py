@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from gradflow.dynamics.base import is_alive, over_paths, widths_of
+from gradflow.dynamics.base import is_alive, over_paths
 from gradflow.dynamics.modified_flow import modified_drift
 from gradflow.loss import pull_back
-from gradflow.network import end_to_end
+from gradflow.network import end_to_end, widths_of
 from gradflow.problem import Problem
 from gradflow.solvers.grid_path import GridBrownianPath
 from gradflow.types import EndToEnd, Scalar, Weights

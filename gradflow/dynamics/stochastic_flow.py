@@ -15,7 +15,6 @@ from gradflow.dynamics.base import (
     advance_in_blocks,
     divergence_limit,
     empty_noise,
-    widths_of,
 )
 from gradflow.dynamics.layers import penalty_gradient
 from gradflow.dynamics.modified_flow import is_reshuffled
@@ -27,7 +26,7 @@ from gradflow.dynamics.sde_terms import (
     drift_term,
 )
 from gradflow.dynamics.settings import checked_count, checked_step_size
-from gradflow.network import left_products, right_products
+from gradflow.network import left_products, right_products, widths_of
 from gradflow.problem import Problem
 from gradflow.solvers.grid_path import GridBrownianPath
 from gradflow.solvers.small_noise import SmallNoise

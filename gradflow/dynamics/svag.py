@@ -16,11 +16,11 @@ from gradflow.dynamics.base import (
     divergence_limit,
     empty_noise,
     over_paths,
-    widths_of,
 )
 from gradflow.dynamics.layers import minus_scaled
 from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
 from gradflow.dynamics.settings import checked_count, checked_step_size
+from gradflow.network import widths_of
 from gradflow.problem import Problem
 from gradflow.regularizers import Minibatch
 from gradflow.streams import Stream

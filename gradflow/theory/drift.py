@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from gradflow.dynamics.base import widths_of
 from gradflow.geometry.imbalance import gram_differences, squared_norms
 from gradflow.loss import pull_back
-from gradflow.network import DeepLinear, left_products, right_products
+from gradflow.network import DeepLinear, left_products, right_products, widths_of
 from gradflow.problem import Problem
 from gradflow.theory.floor import total_decay
 from gradflow.theory.noise import (
