@@ -24,14 +24,25 @@ from .dynamics import (
     HeavyBallFlow as HeavyBallFlow,
     ModifiedFlow as ModifiedFlow,
     PrincipalFlow as PrincipalFlow,
+    SlowFlow as SlowFlow,
     StochasticFlow as StochasticFlow,
 )
 from .geometry import (
+    FlatnessGap as FlatnessGap,
+    FlattestMinimum as FlattestMinimum,
     balancedness as balancedness,
+    descent_projection as descent_projection,
+    distance_to_manifold as distance_to_manifold,
+    flatness_gap as flatness_gap,
+    flattest_minimum as flattest_minimum,
+    flow_projection as flow_projection,
     hessian_block_traces as hessian_block_traces,
     hessian_trace as hessian_trace,
     imbalance as imbalance,
+    local_coordinates as local_coordinates,
     minima_spectrum as minima_spectrum,
+    nearest_minimum as nearest_minimum,
+    network_at as network_at,
     sharpness as sharpness,
 )
 from .loss import (

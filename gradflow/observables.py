@@ -14,6 +14,7 @@ from gradflow.dynamics.descent import GradientDescent
 from gradflow.dynamics.gradient_flow import GradientFlow
 from gradflow.dynamics.heavy_ball_flow import HeavyBallFlow
 from gradflow.dynamics.modified_flow import ModifiedFlow, modified_drift
+from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.dynamics.stochastic_flow import StochasticFlow
 from gradflow.dynamics.svag import SVAG
 from gradflow.geometry.curvature import hessian_trace, sharpness
@@ -67,6 +68,8 @@ def theory_options(dynamics: AbstractDynamics) -> dict[str, Any]:
         return {"discrete": True, "amplification": dynamics.amplification}
     if isinstance(dynamics, StochasticFlow):
         return {"discrete": False, "order": dynamics.order}
+    if isinstance(dynamics, SlowFlow):
+        return {"discrete": dynamics.finite_step}
     raise ValueError(
         f"observables: theory has no loss_floor under noise and no imbalance_drift for "
         f"{type(dynamics).__name__}; leave them out."
@@ -96,7 +99,7 @@ def _check_slaved(dynamics: AbstractDynamics, name: str) -> None:
     """Raise a `ValueError` if decay and gradient do not act with the same strength."""
     optimizer = isinstance(dynamics, GradientDescent) and dynamics.optimizer is not None
     decoupled = (
-        isinstance(dynamics, GradientDescent | HeavyBallFlow)
+        isinstance(dynamics, GradientDescent | HeavyBallFlow | SlowFlow)
         and dynamics.momentum is not None
         and dynamics.decay == "decoupled"
     )
@@ -119,11 +122,13 @@ def _loss_floor(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -
     if problem.penalties:
         _check_slaved(dynamics, "loss_floor")
         total = weight_decay_plateau(problem, net.weights)
-    if not dynamics.is_random(problem):
+    # A slow flow has the floor of the training that it describes, though its path is smooth.
+    slow = isinstance(dynamics, SlowFlow)
+    if not (problem.is_stochastic if slow else dynamics.is_random(problem)):
         return total
     options = theory_options(dynamics)
     check_plain(dynamics, "loss_floor", heavy_ball=True)
-    if isinstance(dynamics, GradientDescent):
+    if isinstance(dynamics, GradientDescent | SlowFlow):
         options["momentum"] = dynamics.momentum
     return total + noise_floor(problem, net.weights, dynamics.step_size, **options)
 
@@ -148,6 +153,8 @@ def _imbalance_drift(net: DeepLinear, problem: Problem, dynamics: AbstractDynami
             return imbalance_drift(problem, net.weights, 0.0, discrete=False)
         velocity = tuple(-g for g in problem.averaged_gradient(net.weights))
         return flow_imbalance_drift(net.weights, velocity)
+    if isinstance(dynamics, SlowFlow):
+        return dynamics.imbalance_drift(problem, net.weights)
     options = theory_options(dynamics)
     check_plain(dynamics, "imbalance_drift", heavy_ball=False)
     return imbalance_drift(problem, net.weights, dynamics.step_size, **options)

@@ -18,6 +18,7 @@ from jaxtyping import PRNGKeyArray
 
 from gradflow.describe import describe
 from gradflow.dynamics.base import AbstractDynamics, State, block_length
+from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.network import DeepLinear, widths_of
 from gradflow.observables import BUILT_IN, Observable, ObservableSpec, observe, resolve
 from gradflow.problem import Problem
@@ -130,6 +131,15 @@ def simulate(
         records, plan, chosen, len(weights), replicas is not None or count is not None
     )
     done = sum(r.paths for r in records)
+    ended = [r for r in records if r.end is not None]
+    if ended:
+        lost = sum(int((~r.alive[-1]).sum()) for r in ended)
+        warnings.warn(
+            f"{type(dynamics).__name__}: {lost} of {done} paths ended before t = "
+            f"{plan.time[-1]:g}; one of them at {ended[0].end}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if interrupted:
         warnings.warn(
             f"stopped at t = {dataset['time'].values[-1]:g} of {plan.time[-1]:g} with {done} of "
@@ -196,13 +206,17 @@ def repeat(trajectory: Trajectory) -> Trajectory:
 
 @dataclass
 class _Record:
-    """What one chunk of replicas has saved so far; arrays start with the replica axis."""
+    """What one chunk of replicas has saved so far; arrays start with the replica axis.
+
+    `end` says when and why a path stopped, if one did and its dynamics can tell.
+    """
 
     paths: int
     times: int = 0
     observed: dict[str, list[np.ndarray]] = field(default_factory=dict)
     weights: list[tuple[np.ndarray, ...]] = field(default_factory=list)
     alive: list[np.ndarray] = field(default_factory=list)
+    end: str | None = None
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -268,6 +282,9 @@ class _Runner:
                     rate = pace.message(record.paths) if gridded else f"t = {position:.3g}"
                     self.report(float(fraction), 1.0, rate)
             self._save(state, record)
+        lost = np.flatnonzero(~record.alive[-1])
+        if isinstance(self.dynamics, SlowFlow) and lost.size:
+            record.end = self.dynamics.why_ended(self.problem, state, int(lost[0]), marks[-1])
 
     def _save(self, state: State, record: _Record) -> None:
         observed, alive = jax.device_get(

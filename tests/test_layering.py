@@ -58,9 +58,11 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "sde_terms",
         "stochastic_flow",
         "exact_flow",
+        "slow_sde",
         "slow_flow",
     ),
     "geometry": (
+        "imbalance",
         "hessian",
         "curvature",
         "spectrum",

@@ -178,6 +178,20 @@ class AbstractBatch(AbstractRegularizer):
     def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:
         """Covariance of `increment`, `(d_N d_0, d_N d_0)`, row-major vec."""
 
+    @property
+    @abc.abstractmethod
+    def is_multiplicative(self) -> bool:
+        """Whether `covariance` depends on the end-to-end matrix."""
+
+    @abc.abstractmethod
+    def feedback(
+        self, moments: NoiseMoments, spread: Float[Array, "d_out d_in d_out d_in"]
+    ) -> Float[Array, "d_out d_in d_out d_in"]:
+        r"""What fluctuations of $P$ add to `covariance`: $E[C(P + \rho)] - C(P)$, exactly.
+
+        `spread` is $E[\rho_{ai} \rho_{ck}]$; linear in it, as $C$ is quadratic in $P$.
+        """
+
 
 class AbstractDataNoise(AbstractRegularizer):
     """Noise on inputs or labels; it enters through the end-to-end gradient alone."""
@@ -210,6 +224,20 @@ class AbstractDataNoise(AbstractRegularizer):
     @abc.abstractmethod
     def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:
         """Covariance of `increment`, `(d_N d_0, d_N d_0)`, row-major vec."""
+
+    @property
+    @abc.abstractmethod
+    def is_multiplicative(self) -> bool:
+        """Whether `covariance` depends on the end-to-end matrix."""
+
+    @abc.abstractmethod
+    def feedback(
+        self, moments: NoiseMoments, spread: Float[Array, "d_out d_in d_out d_in"]
+    ) -> Float[Array, "d_out d_in d_out d_in"]:
+        r"""What fluctuations of $P$ add to `covariance`: $E[C(P + \rho)] - C(P)$, exactly.
+
+        `spread` is $E[\rho_{ai} \rho_{ck}]$; linear in it, as $C$ is quadratic in $P$.
+        """
 
     @abc.abstractmethod
     def is_linear(self) -> bool:

@@ -87,3 +87,32 @@ class InputNoise(AbstractDataNoise):
         """The covariance that the columns of `increment` add up to."""
         shape = self.normal_shape(moments.data)
         return factor_covariance(lambda normals: self.increment(moments, normals), shape)
+
+    @property
+    def is_multiplicative(self) -> bool:
+        """True."""
+        return True
+
+    def feedback(
+        self, moments: NoiseMoments, spread: Float[Array, "d_out d_in d_out d_in"]
+    ) -> Float[Array, "d_out d_in d_out d_in"]:
+        r"""$E[\rho\, (z z^\top - E z z^\top)]$ squared, with $z = x + \sigma\,\xi$ given $x$.
+
+        By Isserlis, with $X_{ac} = E[\rho_a \rho_c^\top]$,
+
+        $$\tfrac{\sigma^2}{b} \left( \mathrm{tr}(S X_{ac})\, I + \mathrm{tr}(X_{ac})\, S
+          + X_{ac}^\top S + S X_{ac}^\top \right)
+          + \tfrac{\sigma^4}{b} \left( \mathrm{tr}(X_{ac})\, I + X_{ac}^\top \right).$$
+        """
+        s = moments.root @ moments.root
+        identity = jnp.eye(s.shape[0], dtype=s.dtype)
+        turned = jnp.einsum("akci->aick", spread)
+        traces = jnp.einsum("ajcj->ac", spread)
+        linear = (
+            jnp.einsum("jl,ajcl,ik->aick", s, spread, identity)
+            + jnp.einsum("ac,ik->aick", traces, s)
+            + jnp.einsum("aicl,lk->aick", turned, s)
+            + jnp.einsum("il,alck->aick", s, turned)
+        )
+        square = jnp.einsum("ac,ik->aick", traces, identity) + turned
+        return self.std**2 / moments.batch * (linear + self.std**2 * square)

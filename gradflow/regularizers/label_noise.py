@@ -71,3 +71,14 @@ class LabelNoise(AbstractDataNoise):
         outputs = jnp.eye(moments.p.shape[0], dtype=moments.p.dtype)
         inputs = moments.noisy_root @ moments.noisy_root
         return self.std**2 / moments.batch * jnp.kron(outputs, inputs)
+
+    @property
+    def is_multiplicative(self) -> bool:
+        """False."""
+        return False
+
+    def feedback(
+        self, moments: NoiseMoments, spread: Float[Array, "d_out d_in d_out d_in"]
+    ) -> Float[Array, "d_out d_in d_out d_in"]:
+        """Zero: the noise does not depend on the network."""
+        return jnp.zeros_like(spread)

@@ -157,6 +157,34 @@ class Minibatch(AbstractBatch):
         outer = (errors[:, :, None] * data.x[:, None, :]).reshape(n, -1) - moments.m.ravel()
         return self._fraction(n) / n * (outer.T @ outer)
 
+    @property
+    def is_multiplicative(self) -> bool:
+        """True: the second moment of the inputs differs from batch to batch."""
+        return True
+
+    def feedback(
+        self, moments: NoiseMoments, spread: Float[Array, "d_out d_in d_out d_in"]
+    ) -> Float[Array, "d_out d_in d_out d_in"]:
+        r"""$f\,\mathrm{Cov}_k[\rho\, x_k x_k^\top]$ over the rows.
+
+        With $X_{ac} = E[\rho_a \rho_c^\top]$ this is $f (E_k[(x_k^\top X_{ac} x_k)\, x_k x_k^\top]
+        - S X_{ac} S)$ on a finite sample and $\tfrac1b (\mathrm{tr}(X_{ac} S)\, S
+        + S X_{ac}^\top S)$ on a Gaussian population.
+
+        **Raises:** `ValueError` for `reshuffled=True`, whose steps are correlated in time.
+        """
+        self._check_white()
+        data = moments.data
+        s = data.sxx
+        if data.x is None:
+            traces = jnp.einsum("ajcl,jl->ac", spread, s)
+            crossed = jnp.einsum("ij,alcj,lk->aick", s, spread, s)
+            return (jnp.einsum("ac,ik->aick", traces, s) + crossed) / self.batch_size
+        n = data.x.shape[0]
+        forms = jnp.einsum("rj,ajcl,rl->rac", data.x, spread, data.x)
+        rows = jnp.einsum("rac,ri,rk->aick", forms, data.x, data.x) / n
+        return self._fraction(n) * (rows - jnp.einsum("ij,ajcl,lk->aick", s, spread, s))
+
     def _check_white(self) -> None:
         if self.reshuffled:
             raise ValueError(

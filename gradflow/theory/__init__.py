@@ -9,7 +9,8 @@ from gradflow.theory.drift import (
 from gradflow.theory.floor import (
     noise_floor as noise_floor,
     slaved_residual as slaved_residual,
-    stationary_covariance as stationary_covariance,
     weight_decay_plateau as weight_decay_plateau,
 )
 from gradflow.theory.noise import noise_covariance as noise_covariance
+from gradflow.theory.slow_drift import slow_drift as slow_drift
+from gradflow.theory.stationary import stationary_covariance as stationary_covariance

@@ -1,12 +1,13 @@
 """Plateaus of the loss in the regularization phase."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import ArrayLike
 
 from gradflow.network import end_to_end, left_products, right_products
 from gradflow.problem import Problem
 from gradflow.regularizers.weight_decay import WeightDecay
-from gradflow.theory.noise import check_outside, gradient_noise_variances, noise_covariance
+from gradflow.theory.noise import check_outside
+from gradflow.theory.stationary import stationary_covariance
 from gradflow.types import EndToEnd, Scalar, Weights
 
 INSTEAD = (
@@ -52,76 +53,6 @@ def weight_decay_plateau(problem: Problem, weights: Weights) -> Scalar:
     return 0.5 * jnp.sum((m @ problem.noisy_inverse_root) ** 2)
 
 
-def stationary_covariance(
-    problem: Problem,
-    weights: Weights,
-    step_size: ArrayLike,
-    discrete: bool,
-    momentum: ArrayLike | None = None,
-    *,
-    order: int = 1,
-    amplification: int = 1,
-) -> Float[Array, "outputs outputs"]:
-    r"""Covariance of $x = \mathrm{vec}((P - T) \bar S^{1/2})$ in the regularization phase.
-
-    Linearised at the weights, $\dot x = -K x$ with the kernel
-    $K = \sum_i K_i = \sum_i A_i A_i^\top \otimes \bar S^{1/2} B_i^\top B_i \bar S^{1/2}$
-    (eigenvalues $\mu_a$), and the noise of one step $N = K C' K + \sum_i v_i K_i$ with
-    $C' = (I \otimes \bar S^{-1/2}) C (I \otimes \bar S^{-1/2})$ from the data and the variances
-    $v_i$ of the noise on the gradient. In the eigenbasis of $K$
-
-    $$X_{ab} = \frac{h N_{ab}}{\mu_a + \mu_b - h \mu_a \mu_b} \text{ (discrete)},
-      \qquad X_{ab} = \frac{h N_{ab}}{\mu_a + \mu_b} \text{ (SDE)},$$
-
-    with $h / l$ in the denominator for SVAG and $\mu + h \mu^2 / 2$ for $\mu$ there for the SDE of
-    order 2. With heavy-ball momentum only the diagonal, which the loss floor needs, is filled:
-    $X_{aa} = h N_{aa} (1 + \beta) / ((1 - \beta) \mu_a (2 (1 + \beta) - h \mu_a))$. Entries beyond
-    the edge of stability are NaN.
-
-    **Arguments:**
-
-    - `problem`, `weights`: where.
-    - `step_size`: $h$ of the training.
-    - `discrete`: training itself, or its SDE.
-    - `momentum`: heavy-ball $\beta$ of the training.
-    - `order`: of the SDE, 1 or 2.
-    - `amplification`: $l$ of SVAG.
-
-    **Raises:** `ValueError` for noise inside the network, which moves the minima themselves.
-    """
-    check_outside(problem, "stationary_covariance", INSTEAD)
-    h = jnp.asarray(step_size)
-    parts = [
-        jnp.kron(a @ a.T, half.T @ half)
-        for a, half in zip(
-            left_products(weights),
-            [b @ problem.noisy_root for b in right_products(weights)],
-            strict=True,
-        )
-    ]
-    mu, vectors = jnp.linalg.eigh(sum(parts))
-    widen = jnp.kron(jnp.eye(problem.data.d_out, dtype=mu.dtype), problem.noisy_inverse_root)
-    of_data = vectors.T @ widen @ noise_covariance(problem, weights) @ widen @ vectors
-    a, b = mu[:, None], mu[None, :]
-    variances = gradient_noise_variances(problem, len(weights))
-    of_gradient = sum(v * k for v, k in zip(variances, parts, strict=True))
-    noise = a * b * of_data + vectors.T @ of_gradient @ vectors
-    if not discrete:
-        damping = a + b if order == 1 else a + b + 0.5 * h * (a**2 + b**2)
-    elif momentum is None:
-        damping = a + b - h / amplification * a * b
-    else:
-        beta = jnp.asarray(momentum)
-        damping = (1.0 - beta) * (a + b - h * a * b / (1.0 + beta))
-        noise = jnp.diag(jnp.diag(noise))
-    still = jnp.max(mu) * mu.size * jnp.finfo(mu.dtype).eps
-    moving = (a > still) & (b > still)
-    stable = damping > 0.0
-    ratio = jnp.where(moving, h / jnp.where(moving & stable, damping, 1.0), 0.0)
-    ratio = jnp.where(stable | ~moving, ratio, jnp.nan)
-    return vectors @ (ratio * noise) @ vectors.T
-
-
 def noise_floor(
     problem: Problem,
     weights: Weights,
@@ -142,6 +73,7 @@ def noise_floor(
 
     **Raises:** `ValueError` for noise inside the network.
     """
+    check_outside(problem, "noise_floor", INSTEAD)
     check_outside(problem, "noise_floor", INSTEAD)
     options = {"order": order, "amplification": amplification}
     x = stationary_covariance(problem, weights, step_size, discrete, momentum, **options)
