@@ -4,8 +4,13 @@
 VENV        ?= .venv
 VENV_LATEST ?= .venv-latest
 VENV_LOWEST ?= .venv-lowest
+VENV_BENCH  ?= .venv-bench
 SPECS       ?= two_phases diabetes
 WORKERS     ?= auto
+# Some of the programs in benchmarks/ and options for them, for example:
+# make bench BENCHES="scalar_descent width_ten" BENCH_ARGS="--rounds 3"
+BENCHES     ?=
+BENCH_ARGS  ?=
 # Further options for pytest, for example: make test PYTEST_ARGS="tests/test_loss.py -x"
 PYTEST_ARGS ?=
 
@@ -67,8 +72,13 @@ format: $(VENV)/.installed-dev ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: $(VENV)/.installed ## Run the side-by-side measurements in benchmarks/
-	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+bench: $(VENV_BENCH)/.installed ## Measure beside numba, torch, SciPy and diffrax (BENCHES="scalar_descent"); minutes to hours
+	@set -e; for file in $(or $(BENCHES:%=benchmarks/bench_%.py),benchmarks/bench_*.py); do \
+	  echo "== $$file"; $(VENV_BENCH)/bin/python "$$file" $(BENCH_ARGS); done
+
+.PHONY: bench-check
+bench-check: $(VENV_BENCH)/.installed ## Measure again; fail if a ratio is 1.5x worse than the committed one
+	$(VENV_BENCH)/bin/python benchmarks/check.py $(BENCH_ARGS) $(BENCHES)
 
 .PHONY: hooks
 hooks: $(VENV)/.installed-dev ## Install the pre-commit hooks into this clone
@@ -79,7 +89,7 @@ constraints: $(VENV)/.installed-dev ## Pin the newest versions that pyproject.to
 	$(PIP) uv
 	{ sed '/^[^#]/,$$d' constraints.txt; \
 	  $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --no-header \
-	    --no-annotate --no-emit-package gradflow --all-extras pyproject.toml; } > constraints.new
+	    --no-annotate --no-emit-package gradflow --extra test --extra dev pyproject.toml; } > constraints.new
 	mv constraints.new constraints.txt
 
 .PHONY: clean
@@ -89,7 +99,7 @@ clean: ## Remove builds and caches; environments and results stay
 
 .PHONY: distclean
 distclean: clean ## Remove the environments too
-	rm -rf $(VENV) $(VENV_LATEST) $(VENV_LOWEST)
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_LOWEST) $(VENV_BENCH)
 
 # ---------------------------------------------------------------- environments
 
@@ -103,7 +113,7 @@ define make_venv
 	$(1) -m venv --clear $(@D:/bin=)
 endef
 
-$(VENV)/bin/pip $(VENV_LOWEST)/bin/pip:
+$(VENV)/bin/pip $(VENV_LOWEST)/bin/pip $(VENV_BENCH)/bin/pip:
 	$(call make_venv,$(PYTHON))
 
 $(VENV_LATEST)/bin/pip:
@@ -123,6 +133,13 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "Installing into $(VENV); the first time takes about a minute."
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed
+
+# torch needs an older mpmath than the tests do.
+$(VENV_BENCH)/.installed: pyproject.toml constraints.txt | $(VENV_BENCH)/bin/pip
+	sed '/^mpmath==/d' constraints.txt > $(VENV_BENCH)/constraints.txt
+	$(VENV_BENCH)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint $(VENV_BENCH)/constraints.txt --editable '.[bench]'
+	@touch $@
 
 $(VENV_LATEST)/.installed-test: pyproject.toml | $(VENV_LATEST)/bin/pip
 	$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check \

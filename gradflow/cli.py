@@ -1,4 +1,4 @@
-"""The command line: `gradflow study`, `gradflow run`, `gradflow orders`, `gradflow list`."""
+"""The command line: `gradflow study`, `run`, `orders`, `predict` and `list`."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ Exit status: 0 every claim holds; 1 some claim fails or is undecided; 2 bad inpu
 130 interrupted.
 
 Dynamics: GradientFlow, ExactFlow, ModifiedFlow, PrincipalFlow, HeavyBallFlow (flow time only);
-GradientDescent, SVAG, StochasticFlow (step size h). Regularizers: WeightDecay, LabelNoise,
-InputNoise, Minibatch, Dropout, DropConnect, WeightNoise, GradientNoise. A wrong key is answered
-with the allowed ones. Tables that measure orders of convergence: gradflow orders --help.
+GradientDescent, SVAG, StochasticFlow, SlowFlow (step size h). Regularizers: WeightDecay,
+LabelNoise, InputNoise, Minibatch, Dropout, DropConnect, WeightNoise, GradientNoise. A wrong key
+is answered with the allowed ones. Tables that measure orders of convergence: gradflow orders
+--help.
 
 A spec to start from (save it as mine.toml, then: gradflow study mine.toml):
 
@@ -114,6 +115,34 @@ leading coefficient nearly vanishes it is "not asymptotic". Neither is an order.
   absolute_tolerance = 0.3
 
 Exit status as for `gradflow study`.
+"""
+
+PREDICT_HELP = """Say what theory predicts of the runs of a study, without running them.
+
+SPEC is a TOML file or the name of a shipped experiment (see: gradflow list). Nothing is written.
+Every run is a line of the table; times and rates are in flow time t = h k of step size h, step k:
+
+\b
+  Optimization ends at t  where noise or decay stop the fall of the loss
+  Rate, leading order     -d log D/dt of the imbalance D there, in the limit h -> 0
+  Rate, finite step       the same, exact in the step size
+  Half-life in t          until D has halved along the slow flow
+  End: D (block traces)   the imbalance where the slow flow ends, and the traces of the Hessian's
+                          diagonal blocks there, which label noise makes equal
+  h lambda_max            where the regularization phase starts; the theory ends at 2, with
+                          momentum beta at 2 (1 + beta)
+
+A dash means that there is no such number; the line below the table says why.
+
+Half-lives and end points are integrated, which takes seconds a run, most of them for compiling the
+first time. From Python: print(gf.predict(problem, net, 0.1)), and the network after ten million
+steps is gf.predict(problem, net, 0.1).at(steps=10**7).net.
+
+\b
+  gradflow predict two_phases
+  gradflow predict mine.toml --run sgd --run sde
+
+Exit status: 0 done; 2 bad input; 3 an unexpected error.
 """
 
 app = typer.Typer(
@@ -201,6 +230,24 @@ def orders(
 ) -> None:
     """Measure the [[orders]] tables of studies; `ORDERS_HELP` is what users read."""
     _carry_out(specs or ["discretization"], out, overwrite, short, seed, quiet, part="orders")
+
+
+@app.command(help=PREDICT_HELP)
+def predict(
+    spec: Annotated[
+        str, typer.Argument(metavar="SPEC", help="File or shipped name (default: two_phases).")
+    ] = "two_phases",
+    run: Annotated[
+        list[str] | None,
+        typer.Option("--run", metavar="NAME", help="Only this run; may be repeated."),
+    ] = None,
+    short: Short = False,
+) -> None:
+    """Predict the runs of a study; `PREDICT_HELP` is what users read."""
+    _keep_compiled_programs()
+    from gradflow.command import foretell  # JAX takes seconds to import
+
+    raise typer.Exit(foretell(spec, run or [], short=short))
 
 
 @app.command("list")

@@ -1,4 +1,4 @@
-"""What `gradflow study` and `gradflow run` do once the command line is understood."""
+"""What the commands of `gradflow` do once the command line is understood."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gradflow.analysis.predict import predict
+from gradflow.analysis.prediction import Prediction
 from gradflow.report.draw import FigureError, draw_figures
-from gradflow.report.formatting import number, with_error
+from gradflow.report.formatting import MISSING, number, with_error
 from gradflow.report.page import write_page
-from gradflow.study.build import Prepared, prepare
+from gradflow.study.build import Prepared, PreparedRun, prepare
 from gradflow.study.experiments import find
+from gradflow.study.faults import not_one_of
 from gradflow.study.load import Study, load_study
 from gradflow.study.output import OutputError, ResultFolder, check_free
 from gradflow.study.part import Part
@@ -32,6 +35,14 @@ HOLDS, CLAIM_FAILS, BAD_INPUT, BROKEN, INTERRUPTED = 0, 1, 2, 3, 130
 _PIPE_WIDTH = 120
 _WIDE = 100
 _MARKS = {"holds": ("✓", "green"), "fails": ("✗", "red"), "undecided": ("?", "yellow")}
+_PREDICTED = (
+    "Optimization\nends at t",
+    "Rate,\nleading order",
+    "Rate,\nfinite step",
+    "Half-life\nin t",
+    "End: D\n(block traces)",
+    "h lambda_max",
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,66 @@ def carry_out(specs: list[str], options: Options) -> int:
         if codes[-1] == INTERRUPTED:
             break
     return max(codes)
+
+
+def foretell(spec: str, names: list[str], *, short: bool) -> int:
+    """Print what theory predicts of the runs of a study, or of those named.
+
+    **Returns:** the exit status.
+    """
+    try:
+        study = load_study(find(spec), short=short, part="runs")
+        prepared = prepare(study)
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        return BAD_INPUT
+    runs = {run.spec.name: run for run in prepared.runs}
+    unknown = [name for name in names if name not in runs]
+    if unknown:
+        faults = [f"{spec}: --run: {not_one_of(name, runs, what='runs')}" for name in unknown]
+        typer.echo("\n".join(faults), err=True)
+        return BAD_INPUT
+    chosen = [run for name, run in runs.items() if not names or name in names]
+    console = _console(quiet=False)
+    table, notes = Table(box=box.SIMPLE_HEAD, pad_edge=False), []
+    table.add_column("Run")
+    for title in _PREDICTED:
+        table.add_column(title, justify="right")
+    for run in chosen:
+        with console.status(f"{run.spec.name} ..."):
+            cells, note = _foretold(run, study.spec.eps)
+        table.add_row(run.spec.name, *cells)
+        notes += [f"{run.spec.name}: {note}"] if note else []
+    console.print(study.spec.title or study.spec.name, style="bold", markup=False, highlight=False)
+    console.print(table)
+    for note in notes:
+        console.print(note, style="dim", markup=False, highlight=False)
+    return HOLDS
+
+
+def _foretold(run: PreparedRun, eps: float) -> tuple[list[str], str]:
+    """The cells of one run, and why some of them are empty."""
+    try:
+        found = predict(run.problem, run.network, run.dynamics, eps=eps)
+    except ValueError as error:
+        return [MISSING] * len(_PREDICTED), str(error)
+    cells = [
+        number(found.optimization_end),
+        number(found.leading_rate),
+        number(found.imbalance_rate),
+        number(found.half_life),
+        _end_cell(found),
+        number(found.sharpness),
+    ]
+    reasons = dict.fromkeys(text for text in (found.reason, found.end_reason) if text)
+    return cells, "; ".join(reasons)
+
+
+def _end_cell(found: Prediction) -> str:
+    if found.end_imbalance is None or found.end_block_traces is None:
+        return MISSING
+    traces = ", ".join(map(number, found.end_block_traces.tolist()))
+    return f"{number(found.end_imbalance)}\n({traces})"
 
 
 def _load_all(specs: list[str], options: Options) -> tuple[list[tuple[Study, Prepared]], list[str]]:

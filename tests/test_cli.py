@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from specs import HEAD, RUN
 from typer.testing import CliRunner
@@ -205,6 +206,40 @@ def test_the_orders_table_in_the_help_is_valid(tmp_path):
     path.write_text("name =" + start + table)
     (orders,) = load_study(path, part="orders").spec.orders
     assert orders.first.step_size == orders.step_sizes[0]
+
+
+def test_predict(folder):
+    """Weight decay under gradient flow: rate and half-life in closed form, balanced at the end."""
+    second = RUN.replace('"flow"', '"noisy"').replace(
+        '{ kind = "GradientFlow" }', '{ kind = "GradientDescent", step_size = 0.05 }'
+    )
+    first, figure, rest = GOOD.partition("[[figure]]")
+    noise = 'regularizers = [{ kind = "GradientNoise", std = 0.1 }]\n'
+    (folder / "both.toml").write_text(first + second + noise + figure + rest)
+    result = call("predict", "both.toml")
+    assert result.exit_code == 0, result.output
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    row = next(line for line in lines if line.startswith("flow"))
+    assert row.split()[2:5] == ["0.2", "0.2", f"{np.log(2.0) / 0.2:.4g}"]
+    (note,) = [line for line in lines if line.startswith("noisy: ")]
+    assert "makes the motion random" in note
+    assert not (folder / "results").exists()
+    only = call("predict", "both.toml", "--run", "noisy").stdout
+    assert "noisy" in only and "flow" not in only.split()
+
+
+def test_predict_refuses_bad_input(folder):
+    unknown = call("predict", "good.toml", "--run", "flaw")
+    assert unknown.exit_code == 2
+    assert unknown.stderr == ('good.toml: --run: got "flaw"; did you mean "flow"? runs: flow\n')
+    bad = call("predict", "bad.toml")
+    assert bad.exit_code == 2 and "regularizers[0].rate: got -0.1" in bad.stderr
+
+
+def test_the_help_of_predict_teaches():
+    text = call("predict", "--help").stdout
+    for word in ("h -> 0", "exact in the step size", "--run", "Half-life", "steps=10**7"):
+        assert word in text
 
 
 def test_list_and_version():

@@ -8,12 +8,16 @@ import numpy as np
 import optax
 import pytest
 import reference
+import scipy.linalg
+from scipy.optimize import minimize_scalar
 
 import gradflow as gf
 from gradflow.dynamics import SVAG
 from gradflow.dynamics.heavy_ball_flow import HeavyBallFlow
 from gradflow.dynamics.modified_flow import ModifiedFlow
-from gradflow.observables import BUILT_IN, DEFAULT, observe, resolve
+from gradflow.geometry import flattest_minimum
+from gradflow.geometry.base import output_loss
+from gradflow.observables import BUILT_IN, DEFAULT, least_sharpness, observe, resolve
 from gradflow.regularizers import Dropout, GradientNoise, WeightNoise
 from gradflow.types import Weights
 
@@ -41,6 +45,24 @@ def stacked(nets: list[list[np.ndarray]]) -> Weights:
 observe_all = eqx.filter_jit(observe)
 
 
+def least_sharpness_by_search(target: np.ndarray, s: np.ndarray, depth: int) -> float:
+    """The smallest top eigenvalue of a S + (N-1) a^(-1/(N-1)) Q over a grid of a, refined."""
+    root = scipy.linalg.sqrtm(s)
+    q = root @ target.T @ target @ root
+
+    def top(log_a: float) -> float:
+        a = np.exp(log_a)
+        return np.linalg.eigvalsh(a * s + (depth - 1) * a ** (-1 / (depth - 1)) * q)[-1]
+
+    grid = np.linspace(-10.0, 10.0, 401)
+    best = grid[np.argmin([top(x) for x in grid])]
+    bounds = (best - 0.05, best + 0.05)
+    return minimize_scalar(top, bounds=bounds, method="bounded", options={"xatol": 1e-13}).fun
+
+
+sharpness_of_flattest = eqx.filter_jit(least_sharpness)
+
+
 def values(
     names: list[str], problem: gf.Problem, dynamics: gf.AbstractDynamics
 ) -> dict[str, np.ndarray]:
@@ -63,12 +85,17 @@ def test_every_path_is_observed_by_itself():
         "hessian_trace",
         "sharpness",
         "end_to_end",
+        "hessian_block_traces",
+        "block_trace_spread",
+        "minima_sharpness",
+        "sharpness_ratio",
     ]
     seen = values(simple, problem, gf.GradientFlow())
     data = problem.data
     sxx, syx, syy = (np.asarray(m) for m in (data.sxx, data.syx, data.syy))
     noisy = sxx + INPUT_STD**2 * np.eye(2)
     least = syx @ np.linalg.inv(noisy)
+    flattest = least_sharpness_by_search(least, noisy, depth=2)
     for r, net in enumerate(ensemble()):
         p = reference.end_to_end(net)
         norms = [np.sum(w**2) for w in net]
@@ -77,6 +104,10 @@ def test_every_path_is_observed_by_itself():
         pull = reference.gradient(net, noisy, syx)
         decayed = reference.flatten(pull) + DECAY * reference.flatten(net)
         clean = np.real(reference.loss(net, sxx, syx, syy))
+        of_layers = np.split(np.diag(hessian), [net[0].size])
+        traces = [np.sum(block) for block in of_layers]
+        at_zero_residual = reference.hessian(net, noisy, p @ noisy)
+        top = np.linalg.eigvalsh(at_zero_residual)[-1]
         expected: dict[str, Any] = {
             "loss": clean,
             "averaged_loss": clean + 0.5 * INPUT_STD**2 * np.sum(p**2) + 0.5 * DECAY * sum(norms),
@@ -89,9 +120,43 @@ def test_every_path_is_observed_by_itself():
             "hessian_trace": np.trace(hessian),
             "sharpness": np.linalg.eigvalsh(hessian)[-1],
             "end_to_end": p,
+            "hessian_block_traces": traces,
+            "block_trace_spread": max(traces) / min(traces) - 1,
+            "minima_sharpness": top,
+            "sharpness_ratio": top / flattest,
         }
         for name in simple:
             np.testing.assert_allclose(seen[name][..., r], expected[name], rtol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_the_flattest_minimum_of_whitened_data_has_sharpness_n_t(depth: int):
+    """N |T|_2^(2 - 2/N) with the spectral norm, and what no target asks for is flat."""
+    target = np.random.default_rng(2).normal(size=(2, 3))
+    found = sharpness_of_flattest(output_loss(gf.Regression.whitened(target)), depth)
+    expected = depth * np.linalg.norm(target, 2) ** (2 - 2 / depth)
+    assert float(found) == pytest.approx(expected, rel=1e-12)
+    none = sharpness_of_flattest(output_loss(gf.Regression.whitened(0 * target)), depth)
+    assert float(none) == (1.0 if depth == 1 else 0.0)
+
+
+@pytest.mark.parametrize("rank", [3, 2])
+def test_the_flattest_minimum_of_other_data_is_the_one_that_is_constructed(rank: int):
+    """Also where the second moment of the inputs is singular."""
+    rng = np.random.default_rng(3)
+    factor = rng.normal(size=(3, rank))
+    data = gf.Regression.from_moments(factor @ factor.T, rng.normal(size=(2, rank)) @ factor.T)
+    for depth in (2, 3):
+        widths = (3, *[3] * (depth - 1), 2)
+        found = flattest_minimum(data, widths)
+        assert float(sharpness_of_flattest(output_loss(data), depth)) == pytest.approx(
+            found.value, rel=1e-10
+        )
+        layers = tuple(w[..., None] for w in found.net.weights)
+        seen = observe_all(
+            resolve(["sharpness_ratio"]), layers, gf.Problem(data), gf.GradientFlow()
+        )
+        assert seen["sharpness_ratio"].item() == pytest.approx(1.0, abs=1e-10)
 
 
 def scalar(

@@ -65,17 +65,26 @@ def test_every_library_that_is_imported_is_declared():
     assert not idle, f"in [project] dependencies but never imported: {sorted(idle)}"
 
 
+def extras_but_peers() -> list[str]:
+    """What the extras need; the peers of the benchmarks are pinned and are no part of gradflow."""
+    extras = PROJECT["optional-dependencies"].items()
+    return [line for name, lines in extras for line in lines if name != "bench"]
+
+
+def test_peers_of_the_benchmarks_are_pinned():
+    for requirement in requirements(PROJECT["optional-dependencies"]["bench"]).values():
+        assert [clause.operator for clause in requirement.specifier] == ["=="], requirement
+
+
 def test_every_dependency_has_a_lower_bound():
-    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
-    for name, requirement in requirements(PROJECT["dependencies"] + extras).items():
+    for name, requirement in requirements(PROJECT["dependencies"] + extras_but_peers()).items():
         if name != PROJECT["name"]:
             operators = [clause.operator for clause in requirement.specifier]
             assert operators == [">="], f"{requirement}: give one honest lower bound, no more"
 
 
 def test_constraints_pin_the_declared_set_within_its_bounds():
-    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
-    declared = requirements(PROJECT["dependencies"] + extras)
+    declared = requirements(PROJECT["dependencies"] + extras_but_peers())
     del declared[PROJECT["name"]]
     pinned: dict[str, list[str]] = {}
     for pin in pins():

@@ -9,5 +9,10 @@ from gradflow.analysis.compare import (
 from gradflow.analysis.order_results import OrderRow as OrderRow, Orders as Orders
 from gradflow.analysis.orders import orders as orders
 from gradflow.analysis.phases import Phases as Phases, phases as phases
-from gradflow.analysis.predict import Prediction as Prediction, predict as predict
+from gradflow.analysis.predict import predict as predict
+from gradflow.analysis.prediction import (
+    EndPoint as EndPoint,
+    Prediction as Prediction,
+    RateLaw as RateLaw,
+)
 from gradflow.analysis.rates import Rate as Rate, decay_rate as decay_rate, drift as drift

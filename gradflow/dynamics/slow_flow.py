@@ -260,12 +260,9 @@ class SlowFlow(AbstractDynamics):
         return f"{place}: beyond it fluctuations about the minima are not stationary"
 
     def _field(self, t: Any, weights: Weights, problem: Problem) -> Weights:
-        """The velocity at the foot of the normal.
-
-        It does not change where the integrator leaves the manifold, so nothing drives it away.
-        """
+        """The velocity, tangent to the weights of the same end-to-end matrix wherever they are."""
         del t
-        return self.velocity(problem, retract(weights, output_loss(problem)))
+        return self.velocity(problem, weights)
 
     def _integrated(
         self,

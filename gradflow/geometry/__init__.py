@@ -1,11 +1,17 @@
 """Geometry of the weight space: imbalance, curvature and the minima manifold."""
 
+from gradflow.geometry.bounds import (
+    sharpness_bound as sharpness_bound,
+    trace_bound as trace_bound,
+)
 from gradflow.geometry.coordinates import (
     local_coordinates as local_coordinates,
     network_at as network_at,
 )
 from gradflow.geometry.curvature import (
+    ExtremeEigenvalues as ExtremeEigenvalues,
     end_to_end_kernel as end_to_end_kernel,
+    extreme_eigenvalues as extreme_eigenvalues,
     hessian_block_traces as hessian_block_traces,
     hessian_trace as hessian_trace,
     minima_spectrum as minima_spectrum,
@@ -16,6 +22,10 @@ from gradflow.geometry.flattest import (
     FlattestMinimum as FlattestMinimum,
     flatness_gap as flatness_gap,
     flattest_minimum as flattest_minimum,
+)
+from gradflow.geometry.hessian import (
+    hessian as hessian,
+    hessian_vector_product as hessian_vector_product,
 )
 from gradflow.geometry.imbalance import (
     balancedness as balancedness,
@@ -37,4 +47,9 @@ from gradflow.geometry.manifold import (
     retract as retract,
     tangent as tangent,
     why_singular as why_singular,
+)
+from gradflow.geometry.spectrum import (
+    SpectralDensity as SpectralDensity,
+    hessian_spectrum as hessian_spectrum,
+    spectral_density as spectral_density,
 )

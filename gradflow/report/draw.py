@@ -11,8 +11,10 @@ from gradflow.report.phase_portrait import draw_phase_portrait
 from gradflow.report.rates import draw_rates
 from gradflow.report.reading import missing_runs, run_views
 from gradflow.report.scaling import draw_scaling
+from gradflow.report.sharpness import TITLE as SHARPNESS_TITLE, draw_sharpness
 from gradflow.report.study_orders import draw_study_orders
 from gradflow.report.style import drawing_style, save_figure
+from gradflow.report.theory_ratios import TITLE as RATIOS_TITLE, draw_theory_ratios
 from gradflow.report.time_series import draw_time_series
 from gradflow.study.results import StudyResult
 
@@ -25,6 +27,12 @@ KINDS: Mapping[str, Callable[[StudyResult, Any], Drawing]] = {
     "orders": draw_study_orders,
 }
 """Every figure kind of a spec and the function that draws it."""
+
+AUTOMATIC: Mapping[str, tuple[str, Callable[[StudyResult], Drawing | None]]] = {
+    "theory_ratios": (RATIOS_TITLE, draw_theory_ratios),
+    "sharpness": (SHARPNESS_TITLE, draw_sharpness),
+}
+"""Title and function of figures that no spec asks for: drawn where the runs are made for them."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,10 @@ class FigureError(ValueError):
 
 
 def draw_figures(result: StudyResult) -> tuple[FigureFile, ...]:
-    """Draws every figure of the spec into ``result.out / "figures"``.
+    """Draws every figure of the spec, and those of `AUTOMATIC`, into ``result.out / "figures"``.
 
-    **Returns:** one entry for each figure, in the order of the spec. A figure without a name is
-    called after its kind.
+    **Returns:** one entry for each figure, in the order of the spec, automatic ones last. A figure
+    without a name is called after its kind.
 
     **Raises:** ``FigureError`` (a ``ValueError``) after the others were written, naming each
     figure that could not be drawn, why, and what to write instead.
@@ -74,6 +82,14 @@ def draw_figures(result: StudyResult) -> tuple[FigureFile, ...]:
         lost = f"Not shown, because they did not finish: {', '.join(missing)}." if missing else ""
         caption = sentence(drawing.caption, lost)
         done.append(FigureFile(name, spec.title, caption, png, svg))
+    for kind, (title, draw) in AUTOMATIC.items():
+        with drawing_style():
+            drawing = draw(result)
+            if drawing is None:
+                continue
+            name = _free_name(kind, taken)
+            png, svg = save_figure(drawing.figure, result.out / "figures" / name)
+        done.append(FigureFile(name, title, drawing.caption, png, svg))
     if wrong:
         raise FigureError("\n".join(wrong), tuple(done))
     return tuple(done)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from gradflow.report.against_theory import RULE
 from gradflow.report.draw import FigureFile
 from gradflow.report.formatting import duration
 from gradflow.report.inline import inline_figure
@@ -22,13 +23,14 @@ from gradflow.report.tables import (
     summary,
     tone,
 )
+from gradflow.report.theory_table import THEORY_COLUMNS, theory_lines
 from gradflow.study.results import StudyResult
 
 _TEMPLATES = Path(__file__).parent
 
 
 def write_page(result: StudyResult, figures: Sequence[FigureFile]) -> Path:
-    """Writes ``result.out / "report.html"``: claims, figures, phases and rates, set-up, provenance.
+    """Writes ``result.out / "report.html"``: claims, figures, rates, phases, set-up, provenance.
 
     Everything is inside the file: styles, figures, text. It asks nothing of the network and runs
     no script; texts of the spec are escaped.
@@ -53,6 +55,9 @@ def write_page(result: StudyResult, figures: Sequence[FigureFile]) -> Path:
             (figure, inline_figure(figure.svg, figure.png, figure.name, _alt(figure)))
             for figure in figures
         ],
+        theory_columns=THEORY_COLUMNS,
+        theory=theory_lines(result),
+        theory_rule=RULE,
         phase_columns=PHASE_COLUMNS,
         phases=phase_rows(result),
         remarks=remarks(result),

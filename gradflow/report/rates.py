@@ -78,6 +78,8 @@ def _row(view: RunView, quantity: str) -> _Row:
     measured = low = high = math.nan
     remarks = view.run.notes if phases is None else (phases.reason, phases.note)
     reason = "; ".join(text for text in remarks if text)
+    if view.is_slow and quantity != "regularization_rate":
+        reason = "a slow flow starts at a minimum"
     if quantity == "regularization_rate":
         if rate is not None:
             measured, low, high = rate.value, rate.low, rate.high

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from gradflow.report.style import LineStyle, group_colours, line_style, shaded
 from gradflow.study.results import RunResult, StudyResult
 from gradflow.study.spec import RunSpec
+from gradflow.study.tables import SlowFlow
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class RunView:
         """Returns the label, with the number of diverged replicas where there are any."""
         count = int(self.diverged.sum())
         return f"{self.label} ({diverged_text(count, self.replicas)})" if count else self.label
+
+    @property
+    def is_slow(self) -> bool:
+        """Returns whether the run lies on the minima from its start on."""
+        return isinstance(self.run.spec.dynamics, SlowFlow)
 
     @property
     def optimization_end(self) -> float:
@@ -123,7 +129,7 @@ def _shades(result: StudyResult) -> dict[str, LineStyle]:
     """Gives every run its stroke: runs of one group and one dynamics go from dark to light."""
     families: dict[tuple[str, str], list[str]] = {}
     for spec in result.spec.run:
-        families.setdefault((_group(spec), spec.dynamics.kind), []).append(spec.name)
+        families.setdefault((_group(spec), _stroke_of(spec)), []).append(spec.name)
     styles = {}
     for (_, kind), members in families.items():
         base = line_style(kind)
@@ -132,6 +138,12 @@ def _shades(result: StudyResult) -> dict[str, LineStyle]:
         for name, shade in zip(members, shades, strict=True):
             styles[name] = replace(base, shade=float(shade))
     return styles
+
+
+def _stroke_of(spec: RunSpec) -> str:
+    """Returns the name by which the stroke of a run's dynamics is known."""
+    is_classical = isinstance(spec.dynamics, SlowFlow) and not spec.dynamics.finite_step
+    return "classical SlowFlow" if is_classical else spec.dynamics.kind
 
 
 def missing_runs(result: StudyResult, names: Sequence[str]) -> list[str]:

@@ -109,13 +109,18 @@ class LineStyle:
 _STYLES = {
     "GradientDescent": LineStyle((0.0, ()), 2.8, 0.25, 3.0),
     "StochasticFlow": LineStyle((0.0, (4.0, 1.8)), 1.5, -0.25, 4.0),
-    "SlowFlow": LineStyle((0.0, (5.0, 1.5, 1.0, 1.5)), 1.5, -0.45, 4.2),
+    "SlowFlow": LineStyle((0.0, ()), 1.4, -0.4, 4.6),
+    "classical SlowFlow": LineStyle((0.0, (5.0, 1.5, 1.0, 1.5)), 1.4, -0.4, 4.5),
 }
 _FLOW = LineStyle((0.0, (1.1, 1.5)), 1.9, -0.1, 4.4)
 
 
 def line_style(dynamics: str) -> LineStyle:
-    """Returns the stroke of a dynamics by class name: descent solid, SDE dashed, ODE dotted."""
+    """Returns the stroke of a dynamics by class name.
+
+    Descent is solid, an SDE dashed, an ODE dotted; a slow flow is thin, dark and solid, and of dots
+    and dashes where it is the classical one of small steps.
+    """
     return _STYLES.get(dynamics, _FLOW)
 
 

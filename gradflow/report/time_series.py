@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from gradflow.report.bounds import sharpness_bounds
 from gradflow.report.drawing import (
     Drawing,
     cross_marker,
@@ -29,6 +30,10 @@ from gradflow.study.spec import TimeSeries
 _FLOORS = {"excess_loss": "loss_floor"}
 """Observables that have a predicted plateau, and the observable that holds it."""
 
+_OFF_MINIMA = ("excess_loss", "gradient_norm")
+"""Observables that are nothing but rounding on the minima, where a slow flow lies."""
+
+_BOUND = {"lw": 1.1, "linestyle": (0.0, (5.0, 3.0))}
 _OPTIMIZATION = "#eeeeea"
 _PANEL = 2.15
 
@@ -38,9 +43,12 @@ def draw_time_series(result: StudyResult, spec: TimeSeries) -> Drawing:
 
     Lines are replica means and bands hold 10 to 90 % of the replicas; colours are regularizer
     groups and strokes are dynamics. A thin line of the same colour is the loss floor, where the
-    excess loss has one. The optimization phase is shaded, its end marked on every line.
+    excess loss has one, and a dashed one the least sharpness of all minima. The optimization phase
+    is shaded, its end marked on every line. Slow flows are not in panels of observables that are 0
+    on the minima.
     """
     views = run_views(result, spec.runs)
+    shown = [_shown(views, name) for name in spec.observables]
     scales = [spec.y_scale] if isinstance(spec.y_scale, str) else list(spec.y_scale)
     if len(scales) not in (1, len(spec.observables)):
         raise ValueError(
@@ -49,27 +57,31 @@ def draw_time_series(result: StudyResult, spec: TimeSeries) -> Drawing:
         )
     scales = scales * (len(spec.observables) if len(scales) == 1 else 1)
     data = [
-        [series(view, name, spec.component, spec.relative) for view in views]
-        for name in spec.observables
+        [series(view, name, spec.component, spec.relative) for view in there]
+        for name, there in zip(spec.observables, shown, strict=True)
     ]
     floors = [
         {} if spec.relative else _floors(views, _FLOORS.get(name)) for name in spec.observables
     ]
+    bounds = [{} if spec.relative else sharpness_bounds(views, name) for name in spec.observables]
     lines = [run_handle(view) for view in views]
-    marks = _mark_handles(views, any(floors), spec.mark_phases)
+    marks = _mark_handles(views, any(floors), any(bounds), spec.mark_phases)
     rows = len(spec.observables)
     figure = new_figure(_PANEL * rows + 0.65 + legend_height(lines, marks), spec.title)
     panels: list[Axes] = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
 
     notes: list[str] = []
     start, stop = _time_limits(data, spec.x_scale)
-    for axes, panel, floor, scale in zip(panels, data, floors, scales, strict=True):
-        limits = _value_limits(views, panel, floor, scale, spec.decades)
-        notes += _hidden_values(views, panel, scale, limits)
-        _draw_panel(axes, views, panel, floor, scale, limits)
+    for axes, there, panel, floor, bound, scale in zip(
+        panels, shown, data, floors, bounds, scales, strict=True
+    ):
+        limits = _value_limits(there, panel, floor, bound, scale, spec.decades)
+        notes += _hidden_values(there, panel, scale, limits)
+        _draw_panel(axes, there, panel, floor, scale, limits)
+        _draw_bounds(axes, there, bound)
         axes.set_ylabel(axis_label(panel[0].long_name, panel[0].units, 28))
         if spec.mark_phases:
-            _mark_ends(axes, views, panel, limits)
+            _mark_ends(axes, there, panel, limits)
     for axes in panels:
         axes.set_xlim(start, stop)
         if spec.x_scale == "log":
@@ -79,7 +91,13 @@ def draw_time_series(result: StudyResult, spec: TimeSeries) -> Drawing:
     if spec.mark_phases:
         _shade_phases(panels, views, spec.x_scale)
     legend_below(figure, lines, marks)
-    return Drawing(figure, _caption(views, data, floors, spec, notes))
+    return Drawing(figure, _caption(views, data, floors, any(bounds), spec, notes))
+
+
+def _shown(views: Sequence[RunView], observable: str) -> list[RunView]:
+    """Returns the runs of a panel: slow flows only where they say something."""
+    moving = [view for view in views if not view.is_slow]
+    return moving if observable in _OFF_MINIMA and moving else list(views)
 
 
 def _floors(views: Sequence[RunView], observable: str | None) -> dict[str, Series]:
@@ -102,6 +120,7 @@ def _value_limits(
     views: Sequence[RunView],
     panel: Sequence[Series],
     floors: dict[str, Series],
+    bounds: dict[str, float],
     scale: str,
     decades: float,
 ) -> tuple[float, float]:
@@ -114,7 +133,7 @@ def _value_limits(
     kept = [s for view, s in zip(views, panel, strict=True) if not view.diverged.all()] or panel
     means = np.concatenate([s.mean for s in [*kept, *floors.values()]])
     bands = np.concatenate([s.percentile(q) for s in kept for q in (10.0, 90.0)])
-    values = np.concatenate([means, bands])
+    values = np.concatenate([means, bands, list(bounds.values())])
     values = values[np.isfinite(values)]
     if scale == "linear":
         low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
@@ -125,7 +144,7 @@ def _value_limits(
         return 0.1, 1.0
     high = float(positive.max())
     plateau = [s.mean for s in floors.values()]
-    shown = np.concatenate(plateau) if plateau else means
+    shown = np.concatenate(plateau) if plateau else np.concatenate([means, list(bounds.values())])
     shown = shown[np.isfinite(shown) & (shown > 0)]
     low = float(shown.min()) if shown.size else high
     low /= 30.0 if plateau else 1.0
@@ -194,6 +213,14 @@ def _draw_panel(
         log_axis(axes, "y")
 
 
+def _draw_bounds(axes: Axes, views: Sequence[RunView], bounds: dict[str, float]) -> None:
+    """Draws every bound once: in the colour of its runs, or grey if they have several."""
+    for bound in dict.fromkeys(bounds.values()):
+        colours = {view.colour for view in views if bounds.get(view.name) == bound}
+        colour = shaded(colours.pop(), -0.2) if len(colours) == 1 else MUTED
+        axes.axhline(bound, color=colour, zorder=4.8, **_BOUND)
+
+
 def _mark_ends(
     axes: Axes,
     views: Sequence[RunView],
@@ -243,7 +270,9 @@ def _shade_phases(panels: Sequence[Axes], views: Sequence[RunView], scale: str) 
             )
 
 
-def _mark_handles(views: Sequence[RunView], floors: bool, phases: bool) -> list[Artist]:
+def _mark_handles(
+    views: Sequence[RunView], floors: bool, bounds: bool, phases: bool
+) -> list[Artist]:
     handles: list[Artist] = []
     if any(view.replicas > 1 for view in views):
         handles.append(
@@ -251,6 +280,8 @@ def _mark_handles(views: Sequence[RunView], floors: bool, phases: bool) -> list[
         )
     if floors:
         handles.append(Line2D([], [], color=MUTED, lw=0.8, label="predicted loss floor"))
+    if bounds:
+        handles.append(Line2D([], [], color=MUTED, label="flattest minimum", **_BOUND))
     if phases and any(math.isfinite(view.optimization_end) for view in views):
         handles.append(Line2D([], [], label="end of the optimization phase", **end_marker()))
     if any(view.diverged.all() for view in views):
@@ -262,6 +293,7 @@ def _caption(
     views: Sequence[RunView],
     data: Sequence[Sequence[Series]],
     floors: Sequence[dict[str, Series]],
+    bounds: bool,
     spec: TimeSeries,
     notes: Sequence[str],
 ) -> str:
@@ -274,7 +306,21 @@ def _caption(
         "regularization phase."
         if any(floors)
         else "",
+        "Dashed lines are the sharpness of the flattest minimum. No minimum lies below; networks "
+        "on their way to one, and those that noise keeps beside it, may."
+        if bounds
+        else "",
+        _slow_note(views, spec),
         "The start t = 0 is not on the log time axis." if start else "",
         *notes,
         divergence_note(views),
     )
+
+
+def _slow_note(views: Sequence[RunView], spec: TimeSeries) -> str:
+    """Says what slow flows leave out."""
+    if all(view.is_slow for view in views) or not any(view.is_slow for view in views):
+        return ""
+    note = "Slow flows start at the minimum that training without noise reaches"
+    lacking = any(len(_shown(views, name)) < len(views) for name in spec.observables)
+    return f"{note}{', so they have no excess loss' if lacking else ''}."

@@ -13,6 +13,9 @@ from gradflow.types import Scalar
 SHRINK = 0.1
 """Factor on the length of a step that overflowed."""
 
+SHORTEST = 256.0
+"""Length, in units of rounding errors of time, below which a rejected step is not tried again."""
+
 
 class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
     """Wraps an adaptive controller and remembers the step it would take next.
@@ -92,7 +95,9 @@ class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
         overflow = jnp.isnan(next_t1)
         next_t1 = jnp.where(overflow, next_t0 + SHRINK * (t1 - t0), next_t1)
         # Rounding keeps time from advancing, or a rejected step from being shorter; or a NaN.
-        moves = (next_t1 > next_t0) & (keep | (next_t1 < t1))
+        rounding = SHORTEST * jnp.finfo(next_t1.dtype).eps * jnp.abs(next_t0)
+        shorter = (next_t1 < t1) & (next_t1 - next_t0 > rounding)
+        moves = (next_t1 > next_t0) & (keep | shorter)
         result = diffrax.RESULTS.where(moves, result, diffrax.RESULTS.dt_min_reached)
         proposed = next_t1 - next_t0
         cut_short = (t1 - t0) < 0.999 * planned

@@ -15,7 +15,7 @@ from gradflow.analysis.coupling import at_step_size, couple
 from gradflow.analysis.order_fit import FEWEST
 from gradflow.data import Regression
 from gradflow.describe import rebuild_regularizer
-from gradflow.dynamics import AbstractDynamics, FromOptax
+from gradflow.dynamics import AbstractDynamics, FromOptax, SlowFlow
 from gradflow.network import DeepLinear
 from gradflow.observables import resolve
 from gradflow.problem import Problem
@@ -112,6 +112,8 @@ class _Building:
             problem, network = self._problem(run, at)
             self.place = (*at, "dynamics")
             dynamics = build_dynamics(run.dynamics)
+            self.place = (*at, "replicas")
+            _check_replicas(run, problem, dynamics)
             self.place = (*at, "observables")
             shapes = observable_shapes(run, problem, network, dynamics)
         except (ValueError, TypeError, OSError) as error:
@@ -255,6 +257,8 @@ def _entries(spec: StudySpec, shapes: Mapping[str, dict[str, tuple[int, ...]]]) 
                 yield Fault(("claim", i, "observable"), message)
             elif takes_entry:
                 yield from _entry(claim.observable, claim.component, shape, ("claim", i))
+            if claim.over is not None:
+                yield from _entry(claim.observable, claim.over, shape, ("claim", i), "over")
     for i, figure in enumerate(spec.figure):
         if not isinstance(figure, TimeSeries):
             continue
@@ -265,7 +269,11 @@ def _entries(spec: StudySpec, shapes: Mapping[str, dict[str, tuple[int, ...]]]) 
 
 
 def _entry(
-    observable: str, component: list[int] | None, shape: tuple[int, ...], at: Path
+    observable: str,
+    component: list[int] | None,
+    shape: tuple[int, ...],
+    at: Path,
+    key: str = "component",
 ) -> Iterator[Fault]:
     chosen = component or []
     fits = len(chosen) == len(shape) and all(
@@ -275,7 +283,7 @@ def _entry(
         return
     given = "is missing" if component is None else f"got {component}"
     kind = f"has shape {[*shape]}; give the indices of one entry" if shape else "is a number"
-    yield Fault((*at, "component"), f"{given}; {observable} {kind}")
+    yield Fault((*at, key), f"{given}; {observable} {kind}")
 
 
 def _optional_key(seed: int | None) -> jax.Array | None:
@@ -292,6 +300,15 @@ def _network_place(run: RunSpec | OrdersSpec, at: Path) -> Path:
     if isinstance(run.network, str):
         return ("network",) if run.network == "default" else ("networks", run.network)
     return (*at, "network")
+
+
+def _check_replicas(run: RunSpec, problem: Problem, dynamics: AbstractDynamics) -> None:
+    if run.replicas is None or not isinstance(dynamics, SlowFlow) or dynamics.is_random(problem):
+        return
+    raise ValueError(
+        f"got {run.replicas}; this SlowFlow is not random (no noise moves it along the manifold), "
+        "so all of them would be the same; leave it out"
+    )
 
 
 def _dividing(orders: OrdersSpec) -> list[float]:

@@ -34,7 +34,9 @@ _READ_WEIGHTS = {
     "path_difference",
 }
 _EVERY_STEP = {"gd_identity", "noether_decay"}
-_RUN_OPTIONS = ("run", "runs", "component", "window", "times", "of", "parameter", "of_mean")
+_OPTIONS = ("component", "over", "window", "of", "parameter", "times", "theory")
+_SWITCHES = ("relative", "of_mean")
+_RUN_OPTIONS = ("run", "runs", *_OPTIONS, *_SWITCHES)
 
 
 def check(spec: StudySpec) -> list[Fault]:
@@ -260,13 +262,13 @@ def _claim(spec: StudySpec, claim: ClaimSpec, at: Path) -> Iterator[Fault]:
         yield Fault(at, f"{name} needs an observable")
     for observable in needs.reads if claim.observable is None else ():
         yield from _recorded(observable, runs, at)
-    for option in ("component", "window", "of", "parameter", "times"):
+    for option in _OPTIONS:
         given = getattr(claim, option)
         if given is None and option in needs.required:
             yield Fault(at, f"{name} needs {option}")
         elif given is not None and option not in needs.keys:
             yield Fault((*at, option), f"{name} does not use {option}; leave it out")
-    for option in ("relative", "of_mean"):
+    for option in _SWITCHES:
         if getattr(claim, option) and option not in needs.keys:
             yield Fault((*at, option), f"{name} does not use {option}; leave it out")
     if claim.window is not None and claim.window[1] <= claim.window[0]:
@@ -277,6 +279,9 @@ def _claim(spec: StudySpec, claim: ClaimSpec, at: Path) -> Iterator[Fault]:
         yield from _inner_quantity(claim, claim.of, at)
     if claim.parameter is not None and "parameter" in needs.keys:
         yield from _parameter(claim.parameter, runs, (*at, "parameter"))
+    predicted = claim.quantity == "predicted_ratio" or claim.expected == "predicted"
+    if claim.theory is not None and "theory" in needs.keys and not predicted:
+        yield Fault((*at, "theory"), 'has a meaning only beside expected = "predicted"')
     yield from _stored(claim, runs, at, key)
     yield from _rule(claim, runs, at)
 

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
@@ -160,8 +160,7 @@ def _faults(error: ValidationError) -> Iterator[Fault]:
                 path = (*path, key)
                 message = not_one_of(str(context["tag"]).partition("=")[2], choices)
             case "literal_error" if field is not None and get_origin(field.annotation) is not None:
-                choices = [str(choice) for choice in get_args(field.annotation)]
-                message = not_one_of(item["input"], choices)
+                message = not_one_of(item["input"], dict.fromkeys(_words(field.annotation)))
             case kind if field is None or isinstance(path[-1], int):
                 text = _ELEMENTS.get(kind, item["msg"])
                 message = f"{given}allowed: {text.format(**context)}"
@@ -209,6 +208,15 @@ def _models(annotation: Any, tag: str = "") -> Iterator[tuple[str, type[BaseMode
             mark.tag for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, Tag)
         ]
         yield from _models(inner, tags[0] if tags else tag)
+
+
+def _words(annotation: Any) -> Iterator[str]:
+    """The values that the literals inside an annotation take."""
+    if get_origin(annotation) is Literal:
+        yield from map(str, get_args(annotation))
+    else:
+        for inner in get_args(annotation):
+            yield from _words(inner)
 
 
 def _choices(field: FieldInfo | None) -> tuple[str, list[str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,18 +94,21 @@ def finite(run: RunResult, observable: str) -> Values:
 
 def observable_values(claim: ClaimSpec, run: RunResult) -> Values:
     """The claim's observable, or one entry of it, `(replica, time, ...)`."""
-    values = finite(run, str(claim.observable))
     if claim.component is None:
-        return values
-    shape = values.shape[2:]
-    fits = len(claim.component) == len(shape) and all(
-        -size <= index < size for index, size in zip(claim.component, shape, strict=True)
+        return finite(run, str(claim.observable))
+    return entry(claim, run, "component")
+
+
+def entry(claim: ClaimSpec, run: RunResult, key: Literal["component", "over"]) -> Values:
+    """The entry of the claim's observable that one of its keys chooses, `(replica, time)`."""
+    values = finite(run, str(claim.observable))
+    chosen, shape = getattr(claim, key), values.shape[2:]
+    fits = len(chosen) == len(shape) and all(
+        -size <= index < size for index, size in zip(chosen, shape, strict=True)
     )
     if not fits:
-        raise ValueError(
-            f"component = {claim.component} does not index {claim.observable} of shape {shape}"
-        )
-    return values[(..., *claim.component)]
+        raise ValueError(f"{key} = {chosen} does not index {claim.observable} of shape {shape}")
+    return values[(..., *chosen)]
 
 
 def scalar(claim: ClaimSpec, run: RunResult) -> Values:

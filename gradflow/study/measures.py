@@ -6,15 +6,17 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 
 from gradflow.analysis.compare import compare_trajectories
-from gradflow.analysis.predict import Prediction
 from gradflow.analysis.rates import Rate, decay_rate, drift
 from gradflow.study.check import parameters
 from gradflow.study.measurement import (
     Measure,
     Measurement,
+    Values,
     claim_window,
+    entry,
     finite,
     inside_window,
     known,
@@ -25,12 +27,16 @@ from gradflow.study.measurement import (
 )
 from gradflow.study.results import RunResult
 from gradflow.study.spec import ClaimSpec
+from gradflow.study.tables import SlowFlow
 from gradflow.study.weight_measures import WEIGHT_MEASURES
 
 MEASURES: dict[str, Measure] = dict(WEIGHT_MEASURES)
 """Every measure of runs, by the name of its quantity."""
 
 measures = registering(MEASURES)
+
+ROUNDING = 1e-9
+"""Ends of runs that differ by no more than this are the same: one of them may be on a grid."""
 
 # --- phases and rates ---------------------------------------------------------------------------
 
@@ -42,7 +48,7 @@ def rate(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     observable = claim.observable or "imbalance"
     of = "mean" if claim.of_mean else "replica"
     measured = decay_rate(run.trajectory, observable, window=_phase_window(claim, run), of=of)
-    predicted = run.prediction.imbalance_rate if run.prediction else None
+    predicted = _predicted(claim, run, "imbalance_rate")
     return Measurement(
         measured.value,
         known(measured.standard_error),
@@ -57,7 +63,7 @@ def slope(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     (run,) = runs
     observable = claim.observable or "imbalance"
     measured = drift(run.trajectory, observable, window=_phase_window(claim, run))
-    predicted = run.prediction.imbalance_drift if run.prediction else None
+    predicted = _predicted(claim, run, "imbalance_drift")
     return Measurement(
         measured.value,
         known(measured.standard_error),
@@ -66,10 +72,21 @@ def slope(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     )
 
 
+def _predicted(claim: ClaimSpec, run: RunResult, field: str) -> float | None:
+    """What the theory that the claim names says, None where it says nothing."""
+    source = run.prediction
+    if source is not None and claim.theory is not None:
+        source = source.laws.get(claim.theory)
+    return None if source is None else float(getattr(source, field))
+
+
 def _phase_window(claim: ClaimSpec, run: RunResult) -> tuple[float, float] | None:
     """The claim's window, or the regularization phase; None leaves the choice to the fit."""
+    time = run.trajectory.time
+    if claim.window is None and isinstance(run.spec.dynamics, SlowFlow):
+        return float(time[0]), float(time[-1])
     if claim.window is None and run.phases and math.isfinite(run.phases.optimization_end):
-        return run.phases.optimization_end, float(run.trajectory.time[-1])
+        return run.phases.optimization_end, float(time[-1])
     return claim_window(claim)
 
 
@@ -81,30 +98,29 @@ def _fitted(measured: Rate) -> str:
 @measures("optimization_end")
 def optimization_end(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Flow time at which the optimization phase ends."""
-    return _phase(runs, "optimization_end", "standard_error", "optimization_end")
+    return _phase(claim, runs, "optimization_end", "standard_error")
 
 
 @measures("optimization_rate")
 def optimization_rate(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Exponential rate at which the optimization phase ends."""
-    return _phase(runs, "optimization_rate", "optimization_rate_error", "optimization_rate")
+    return _phase(claim, runs, "optimization_rate", "optimization_rate_error")
 
 
 @measures("separation")
 def separation(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Optimization rate over regularization rate."""
-    return _phase(runs, "separation", "separation_error", "separation")
+    return _phase(claim, runs, "separation", "separation_error")
 
 
-def _phase(runs: Sequence[RunResult], value: str, error: str, predicted: str) -> Measurement:
+def _phase(claim: ClaimSpec, runs: Sequence[RunResult], value: str, error: str) -> Measurement:
     (run,) = runs
     if run.phases is None:
         raise ValueError("; ".join(run.notes) or "the run has no phases")
-    prediction: Prediction | None = run.prediction
     return Measurement(
         float(getattr(run.phases, value)),
         known(getattr(run.phases, error)),
-        float(getattr(prediction, predicted)) if prediction else None,
+        _predicted(claim, run, value),
         detail=run.phases.reason,
     )
 
@@ -137,6 +153,20 @@ def change_ratio(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     return mean(values[:, -1] / values[:, 0])
 
 
+@measures("component_ratio")
+def component_ratio(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
+    """Replica mean of one entry of an observable over that of another, at the end.
+
+    The error is that of a ratio of correlated means (delta method).
+    """
+    (run,) = runs
+    above, below = (entry(claim, run, key)[:, -1] for key in ("component", "over"))
+    if np.mean(below) == 0:
+        raise ValueError(f"{claim.observable} {claim.over} is 0 at the end")
+    ratio = float(np.mean(above) / np.mean(below))
+    return Measurement(ratio, mean((above - ratio * below) / np.mean(below)).error)
+
+
 @measures("max_change")
 def max_change(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Largest |x(t) - x(0)| over times, entries and replicas."""
@@ -158,6 +188,55 @@ def difference(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     return Measurement(
         (first.value - second.value) / scale, error / scale if has_error else None, detail=both
     )
+
+
+@measures("displacement_ratio")
+def displacement_ratio(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
+    r"""$\langle x(t_1) - x(t_0) \rangle$ of the first run over that of the second.
+
+    The times are the first and the last that the first run saved in the window: the claim's, or the
+    regularization phase of the first run. The second run is interpolated there. The runs are
+    independent, so their relative errors add in quadrature.
+    """
+    first, second = runs
+    own, other = first.trajectory.time, second.trajectory.time
+    window = _phase_window(claim, first)
+    if window is None:
+        raise ValueError(f'run "{first.name}" has no end of its optimization phase; give window')
+    low, high = window
+    inside = own[(own >= max(low, other[0])) & (own <= min(high, other[-1] * (1 + ROUNDING)))]
+    if inside.size < 2:
+        raise ValueError(
+            f'run "{first.name}" saved fewer than two times in the window [{low:g}, {high:g}] '
+            f'that run "{second.name}" covers'
+        )
+    ends = inside[[0, -1]]
+    moved, expected = (mean(_displacement(claim, run, ends)) for run in runs)
+    if expected.value == 0:
+        raise ValueError(f'{claim.observable} does not change in run "{second.name}"')
+    ratio = moved.value / expected.value
+    error = math.hypot(moved.error or 0.0, ratio * (expected.error or 0.0)) / abs(expected.value)
+    has_error = moved.error is not None or expected.error is not None
+    detail = f"{moved.value:.6g} over {expected.value:.6g}, t in [{ends[0]:.4g}, {ends[1]:.4g}]"
+    return Measurement(ratio, error if has_error else None, detail=detail)
+
+
+def _displacement(claim: ClaimSpec, run: RunResult, ends: Values) -> Values:
+    """What the claim's observable changes between two times, `(replica,)`."""
+    time = run.trajectory.time
+    between = PchipInterpolator(time, scalar(claim, run), axis=1)
+    start, stop = between(np.minimum(ends, time[-1])).T
+    return stop - start
+
+
+@measures("speed_up")
+def speed_up(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
+    """Wall time of the first run over that of the second.
+
+    The runner compiles the runs of such a claim before it times them. All replicas of a run count.
+    """
+    first, second = (float(run.trajectory.attrs["wall_time_s"]) for run in runs)
+    return Measurement(first / second, detail=f"{first:.3g} s over {second:.3g} s")
 
 
 @measures("agreement")

@@ -43,19 +43,25 @@ QUANTITIES: dict[str, Quantity] = {
         "exponential decay rate of an observable (default: imbalance) in the regularization phase",
         observable="optional",
         predicted=True,
-        keys=_keys("window", "of_mean"),
+        keys=_keys("window", "of_mean", "theory"),
         reads=("imbalance",),
     ),
     "drift": Quantity(
         "linear slope of an observable (default: imbalance) in the regularization phase",
         observable="optional",
         predicted=True,
-        keys=_keys("window"),
+        keys=_keys("window", "theory"),
         reads=("imbalance",),
     ),
-    "optimization_end": Quantity("flow time at which the optimization phase ends", predicted=True),
-    "optimization_rate": Quantity("exponential rate of the optimization phase", predicted=True),
-    "separation": Quantity("optimization rate over regularization rate", predicted=True),
+    "optimization_end": Quantity(
+        "flow time at which the optimization phase ends", predicted=True, keys=_keys("theory")
+    ),
+    "optimization_rate": Quantity(
+        "exponential rate of the optimization phase", predicted=True, keys=_keys("theory")
+    ),
+    "separation": Quantity(
+        "optimization rate over regularization rate", predicted=True, keys=_keys("theory")
+    ),
     "final": Quantity(
         "mean of an observable over replicas, at the end",
         observable="required",
@@ -70,6 +76,12 @@ QUANTITIES: dict[str, Quantity] = {
         "mean over replicas of the final over the initial value",
         observable="required",
         keys=_keys("component"),
+    ),
+    "component_ratio": Quantity(
+        "mean over replicas of the entry `component` over that of the entry `over`, at the end",
+        observable="required",
+        keys=_keys("component", "over"),
+        required=_keys("component", "over"),
     ),
     "max_change": Quantity(
         "largest |x(t) - x(0)| over times, entries and replicas",
@@ -106,7 +118,7 @@ QUANTITIES: dict[str, Quantity] = {
     "predicted_ratio": Quantity(
         "measured over predicted value of the quantity named by `of`",
         observable="optional",
-        keys=_keys("of", "window", "of_mean"),
+        keys=_keys("of", "window", "of_mean", "theory"),
         required=_keys("of"),
     ),
     "difference": Quantity(
@@ -114,6 +126,17 @@ QUANTITIES: dict[str, Quantity] = {
         runs=(2, 2),
         observable="required",
         keys=_keys("component", "relative"),
+    ),
+    "displacement_ratio": Quantity(
+        "mean change of an observable in the first run over that in the second (default window: "
+        "the regularization phase of the first)",
+        runs=(2, 2),
+        observable="required",
+        keys=_keys("component", "window"),
+    ),
+    "speed_up": Quantity(
+        "wall time of the first run over that of the second, both without compilation",
+        runs=(2, 2),
     ),
     "agreement": Quantity(
         "whether two runs agree on an observable within `tolerance` (default 0.05) at all times",

@@ -8,7 +8,7 @@ from typing import Literal
 
 from gradflow.analysis.orders import Orders
 from gradflow.analysis.phases import Phases
-from gradflow.analysis.predict import Prediction
+from gradflow.analysis.prediction import Prediction
 from gradflow.analysis.rates import Rate
 from gradflow.study.order_tables import OrdersSpec
 from gradflow.study.spec import RunSpec, StudySpec

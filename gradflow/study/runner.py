@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from gradflow.analysis.orders import orders as measure_orders
 from gradflow.analysis.phases import phases
 from gradflow.analysis.predict import predict
+from gradflow.analysis.rates import decay_rate
+from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.simulate import InterruptedWarning, simulate
 from gradflow.study.build import Prepared, PreparedOrders, PreparedRun
 from gradflow.study.claims import judge_all
@@ -32,6 +34,9 @@ RUNS = "runs"
 
 ORDERS = "orders"
 """The folder of the tables of distances inside a result folder."""
+
+FIRST_STEP = 1e-6
+"""Share of its length that a run without a step size makes in order to be compiled."""
 
 _PATIENCE_S = 0.1
 
@@ -88,6 +93,9 @@ class _Execution:
             if claim.expected == "predicted" or claim.quantity == "predicted_ratio"
             for name in claim.run_names
         }
+        self.timed = {
+            name for claim in spec.claim if claim.quantity == "speed_up" for name in claim.run_names
+        }
         self.out = out
         self.reporter = reporter
         self.evaluate = evaluate
@@ -135,6 +143,8 @@ class _Execution:
         self.reporter.finished(result, time.perf_counter() - start)
 
     def _run(self, prepared: PreparedRun) -> RunResult:
+        if prepared.spec.name in self.timed:
+            _compile(prepared)
         trajectory = self._simulate(prepared)
         trajectory.save(self.out / RUNS / f"{prepared.spec.name}.nc")
         return self._result(prepared, trajectory)
@@ -196,7 +206,14 @@ class _Execution:
             notes.append(diverged)
         if not self.evaluate or trajectory.interrupted:
             return replace(result, notes=tuple(notes))
-        measured = _attempt(lambda: phases(trajectory, eps=self.eps), "phases", notes)
+        measured = rate = None
+        if isinstance(prepared.dynamics, SlowFlow):
+            if "imbalance" in trajectory:
+                whole = float(trajectory.time[0]), float(trajectory.time[-1])
+                rate = _attempt(lambda: decay_rate(trajectory, window=whole), "rate", notes)
+        else:
+            measured = _attempt(lambda: phases(trajectory, eps=self.eps), "phases", notes)
+            rate = measured.regularization_rate if measured else None
         predicted = None
         if run.regularizers or run.name in self.predicted:
             predicted = _attempt(
@@ -209,13 +226,34 @@ class _Execution:
         return replace(
             result,
             phases=measured,
-            rate=measured.regularization_rate if measured else None,
+            rate=rate,
             prediction=predicted,
             notes=tuple(notes),
         )
 
     def _keep_warning(self, message: str) -> None:
         self.warnings.setdefault(threading.get_ident(), []).append(message)
+
+
+def _compile(prepared: PreparedRun) -> None:
+    """Make the first step of a run, so that its wall time is without compilation."""
+    run, dynamics = prepared.spec, prepared.dynamics
+    has_steps = dynamics.step_size is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself gives them
+        simulate(
+            prepared.problem,
+            prepared.network,
+            dynamics,
+            t1=None if has_steps else FIRST_STEP * float(run.t1 or 1.0),
+            steps=1 if has_steps else None,
+            replicas=run.replicas,
+            key=prepared.key,
+            save=2,
+            observables=run.observables,
+            store_weights=run.store_weights,
+            progress=False,
+        )
 
 
 _T = TypeVar("_T")

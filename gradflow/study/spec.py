@@ -222,6 +222,9 @@ class ClaimSpec(Section):
     component: list[int] | None = Field(
         default=None, description="indices of one entry of the observable"
     )
+    over: list[int] | None = Field(
+        default=None, description="indices of the entry of the observable to divide by"
+    )
     window: list[NonNegative] | None = Field(
         default=None, min_length=2, max_length=2, description="[start, stop] in flow time"
     )
@@ -238,6 +241,11 @@ class ClaimSpec(Section):
     )
     relative: bool = Field(
         default=False, description="true (difference divided by the second run's value) or false"
+    )
+    theory: Literal["leading_order", "finite_step"] | None = Field(
+        default=None,
+        description="the prediction of which theory: 'leading_order' or 'finite_step' (default: "
+        "of the run's own dynamics)",
     )
     expected: (
         Annotated[

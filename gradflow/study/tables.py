@@ -211,6 +211,7 @@ STEP_SIZE = "step size h, a number > 0"
 RTOL, ATOL = "relative tolerance, a number > 0", "absolute tolerance, a number > 0"
 STIFF = "true (implicit solver) or false"
 VELOCITY = "the velocity at the start in weight units a step: one matrix (d_i x d_{i-1}) a layer"
+DECAY = "'coupled' (weight decay in the gradient) or 'decoupled'"
 SUBSTEPS = "grid steps of the Brownian path per h, at least 1"
 
 
@@ -253,9 +254,7 @@ class GradientDescent(Section):
     )
     momentum: float = Field(default=0.0, ge=0, lt=1, description="a number in [0, 1)")
     nesterov: bool = Field(default=False, description="true or false")
-    decay: Literal["coupled", "decoupled"] = Field(
-        default="coupled", description="'coupled' (weight decay in the gradient) or 'decoupled'"
-    )
+    decay: Literal["coupled", "decoupled"] = Field(default="coupled", description=DECAY)
     optimizer: FromOptax | None = Field(
         default=None, description='an optax optimizer such as { name = "adam", b1 = 0.9 }'
     )
@@ -319,6 +318,23 @@ class StochasticFlow(Section):
     )
 
 
+class SlowFlow(Section):
+    """Motion along the minima manifold, where SGD is in its regularization phase."""
+
+    kind: Literal["SlowFlow"]
+    step_size: Positive = Field(description=f"{STEP_SIZE}, of the training it describes")
+    finite_step: bool = Field(
+        default=True, description="true (exact in the step size) or false (leading order)"
+    )
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="a number in [0, 1)")
+    decay: Literal["coupled", "decoupled"] = Field(default="coupled", description=DECAY)
+    rtol: Positive = Field(default=1e-8, description=RTOL)
+    atol: Positive = Field(default=1e-10, description=ATOL)
+    cell: Positive | None = Field(
+        default=None, description="flow time of a step where noise moves it, a number > 0"
+    )
+
+
 DynamicsSpec = Annotated[
     Annotated[GradientFlow, Tag("kind=GradientFlow")]
     | Annotated[ExactFlow, Tag("kind=ExactFlow")]
@@ -327,7 +343,8 @@ DynamicsSpec = Annotated[
     | Annotated[HeavyBallFlow, Tag("kind=HeavyBallFlow")]
     | Annotated[ModifiedFlow, Tag("kind=ModifiedFlow")]
     | Annotated[PrincipalFlow, Tag("kind=PrincipalFlow")]
-    | Annotated[StochasticFlow, Tag("kind=StochasticFlow")],
+    | Annotated[StochasticFlow, Tag("kind=StochasticFlow")]
+    | Annotated[SlowFlow, Tag("kind=SlowFlow")],
     by("kind"),
 ]
 

@@ -1,7 +1,7 @@
 r"""Where the slow flow ends, and how long its imbalance takes to halve.
 
 Both are read off one path of the expected velocity along the minima manifold, followed with
-adaptive steps until it stands still.
+adaptive steps, stretch by stretch, until it stands still.
 """
 
 from typing import Any, Literal
@@ -10,8 +10,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optimistix
-from jaxtyping import Array, ArrayLike, Bool
+from jaxtyping import Array, ArrayLike, Bool, Int
 
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.imbalance import imbalance
@@ -28,14 +27,26 @@ STILL = 1e-9
 RTOL, ATOL = 1e-11, 1e-13
 """Tolerances of a step: those of the path, and of how still it can stand."""
 
-MOST_STEPS = 8192
-"""Steps of the integrator until the end is given up."""
+FIRST = 1e-2
+"""The first stretch, in units of the time in which the force alone would change the weights."""
+
+NEAREST = 1e-7
+"""How close a path comes to an edge that it cannot cross, in the same units."""
+
+SHORTEST = 1e-6
+"""The shortest step, as a share of its stretch."""
+
+STRETCHES = 400
+"""Stretches of the path until its end is given up; each is up to twice as long as the last."""
+
+MOST_STEPS = 4096
+"""Steps of the integrator in one stretch."""
+
+HALVED = 1e-10
+"""Relative accuracy with which the imbalance at the half-life is half of that at the start."""
 
 NEVER = -1.0
 """A level that no imbalance falls to."""
-
-SHORTEST = 1e-9
-"""Shortest step, in units of the time in which the force alone would change the weights."""
 
 
 class Ending(eqx.Enumeration):
@@ -56,11 +67,13 @@ class SlowEnd(eqx.Module):
     """What one path of the slow flow leads to.
 
     - `weights`: the last of the path, a stationary point if `ending` is `Ending.still`.
+    - `time`: flow time at which it got there.
     - `half_life`: flow time until the imbalance has halved; infinite if it never does.
     - `ending`: how it ended.
     """
 
     weights: Weights
+    time: Scalar
     half_life: Scalar
     ending: Ending
 
@@ -83,62 +96,123 @@ def slow_end(
     **Arguments:** as for `slow_drift`, with `weights` on the minima manifold. May be compiled.
     """
     loss = output_loss(problem)
-    start = imbalance(DeepLinear(weights))
-    half = jnp.where(start > 0.0, 0.5 * start, NEVER)
 
     def velocity(at: Weights) -> Weights:
         options: dict[str, Any] = {"finite_step": finite_step, "decay": decay}
         return slow_drift(problem, retract(at, loss), step_size, momentum, **options)
 
-    force = _force(problem, weights, step_size, momentum, finite_step)
-    enough, shortest = STILL * force, SHORTEST * _norm(weights) / force
-
     def field(t: Any, at: Weights, args: None) -> Weights:
         del t, args
         return velocity(at)
 
-    def leg(begin: Scalar, at: Weights, half: Scalar) -> tuple[Scalar, Weights, Bool[Array, ""]]:
-        """Until the imbalance falls to `half` or the end; when, where, and whether it got stuck."""
+    force = _force(problem, weights, step_size, momentum, finite_step)
+    own_time = _norm(weights) / force
 
-        def left(t: Any, y: Weights, args: None, **kwargs: Any) -> Scalar:
-            del t, args, kwargs
-            to_half = (imbalance(DeepLinear(y)) - half) / jnp.abs(half)
-            return jnp.minimum(to_half, _norm(velocity(y)) / enough - 1.0)
+    def goes_on(path: _Path) -> Bool[Array, ""]:
+        moves = path.speed > STILL * force
+        return moves & (path.room > NEAREST * own_time) & (path.stretches < STRETCHES)
 
+    def stretch(path: _Path) -> _Path:
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             diffrax.Dopri8(),
-            t0=begin,
-            t1=jnp.inf,
-            dt0=None,
-            y0=at,
-            stepsize_controller=diffrax.PIDController(RTOL, ATOL, dtmin=shortest),
-            event=diffrax.Event(left, optimistix.Bisection(rtol=1e-10, atol=0.0)),
+            t0=0.0,
+            t1=path.length,
+            dt0=0.1 * path.length,
+            y0=path.weights,
+            stepsize_controller=diffrax.PIDController(
+                RTOL, ATOL, dtmin=SHORTEST * path.length, force_dtmin=False
+            ),
             max_steps=MOST_STEPS,
             throw=False,
         )
-        assert solution.ys is not None and solution.ts is not None
-        at = jax.tree.map(lambda y: y[-1], solution.ys)
-        stuck = solution.result == diffrax.RESULTS.dt_min_reached
-        return solution.ts[-1], retract(at, loss), stuck
+        assert solution.ys is not None
+        ended = retract(jax.tree.map(lambda y: y[-1], solution.ys), loss)
+        arrives = solution.result == diffrax.RESULTS.successful
+        return path.after(ended, arrives, _norm(velocity(ended)))
 
-    def unfinished(carry: tuple[Any, ...]) -> Bool[Array, ""]:
-        time, _, half, half_life, _ = carry
-        return (time == 0.0) | ((half == NEVER) & (time == half_life))
+    start = imbalance(DeepLinear(weights))
+    zero, never = jnp.zeros_like(start), jnp.full_like(start, jnp.inf)
+    path = jax.lax.while_loop(
+        goes_on,
+        stretch,
+        _Path(
+            time=zero,
+            weights=weights,
+            speed=_norm(velocity(weights)),
+            length=FIRST * own_time,
+            half=jnp.where(start > 0.0, 0.5 * start, NEVER),
+            beyond=never,
+            under=zero,
+            half_life=jnp.where(start > 0.0, never, jnp.nan),
+            room=never,
+            stretches=jnp.zeros((), int),
+        ),
+    )
+    ending = Ending.where(path.stretches < STRETCHES, Ending.edge, Ending.unfinished)
+    ending = Ending.where(path.speed <= STILL * force, Ending.still, ending)
+    return SlowEnd(path.weights, path.time, path.half_life, ending)
 
-    def follow(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        time, at, half, half_life, _ = carry
-        time, at, stuck = leg(time, at, half)
-        halved = (half > 0.0) & (imbalance(DeepLinear(at)) <= (1.0 + 1e-6) * half)
-        half_life = jnp.where(halved, time, half_life)
-        return time, at, jnp.where(halved, NEVER, half), half_life, stuck
 
-    zero = jnp.zeros((), loss.s.dtype)
-    carry = (zero, weights, half, zero + jnp.inf, jnp.asarray(False))
-    _, at, _, half_life, stuck = jax.lax.while_loop(unfinished, follow, carry)
-    ending = Ending.where(_norm(velocity(at)) <= 2.0 * enough, Ending.still, Ending.unfinished)
-    ending = Ending.where(stuck, Ending.edge, ending)
-    return SlowEnd(at, jnp.where(start > 0.0, half_life, jnp.nan), ending)
+class _Path(eqx.Module):
+    """One path on its way.
+
+    - `time`, `weights`, `speed`: where it is. `length`: flow time to try next.
+    - `half`: the level at which its imbalance has halved; `NEVER` once it has.
+    - `beyond`, `under`: a later time at which it is lower, and the logarithm of the ratio there.
+    - `half_life`: when it was at that level.
+    - `room`: the shortest stretch that did not arrive.
+    - `stretches`: tried so far.
+    """
+
+    time: Scalar
+    weights: Weights
+    speed: Scalar
+    length: Scalar
+    half: Scalar
+    beyond: Scalar
+    under: Scalar
+    half_life: Scalar
+    room: Scalar
+    stretches: Int[Array, ""]
+
+    def after(self, ended: Weights, arrives: Bool[Array, ""], speed: Scalar) -> "_Path":
+        """The path after a stretch that ended there, or did not arrive.
+
+        Stretches that end below the level are not taken but bracket the half-life, which secants of
+        the logarithm find: at once for an exponential.
+        """
+        arrives = arrives & jnp.isfinite(speed)
+        level = self._over_half(ended)
+        below = arrives & (level < -HALVED)
+        taken = arrives & ~below
+        found = taken & (level <= HALVED)
+        time = jnp.where(taken, self.time + self.length, self.time)
+        weights = jax.tree.map(lambda a, b: jnp.where(taken, a, b), ended, self.weights)
+        beyond = jnp.where(below, self.time + self.length, self.beyond)
+        under = jnp.where(below, level, self.under)
+        before, over = self._over_half(self.weights), self._over_half(weights)
+        secant = self.length * over / jnp.maximum(before - over, 1e-300)
+        between = (beyond - time) * over / (over - under)
+        closer = jnp.where(taken & (secant < beyond - time), secant, between)
+        onward = jnp.where(found, 0.25 * time, self.length * jnp.where(arrives, 2.0, 0.5))
+        return _Path(
+            time=time,
+            weights=weights,
+            speed=jnp.where(taken, speed, self.speed),
+            length=jnp.where(arrives & ~found & jnp.isfinite(beyond), closer, onward),
+            half=jnp.where(found, NEVER, self.half),
+            beyond=jnp.where(found, jnp.inf, beyond),
+            under=under,
+            half_life=jnp.where(found, time, self.half_life),
+            room=jnp.where(arrives, self.room, self.length),
+            stretches=self.stretches + 1,
+        )
+
+    def _over_half(self, weights: Weights) -> Scalar:
+        """The logarithm of the imbalance over the level; infinite without a level."""
+        ratio = imbalance(DeepLinear(weights)) / self.half
+        return jnp.where(self.half > 0.0, jnp.log(jnp.maximum(ratio, 1e-300)), jnp.inf)
 
 
 def _force(

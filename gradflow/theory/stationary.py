@@ -42,6 +42,15 @@ class Fluctuation(eqx.Module):
         return (self.vectors * factors) @ self.vectors.T
 
     @property
+    def response(self) -> Float[Array, "outputs outputs"]:
+        r"""$\Psi = K^+ X$."""
+        return self.vectors @ (self.inverse_values[:, None] * self.covariance) @ self.vectors.T
+
+    def solve(self, x: Float[Array, " outputs"]) -> Float[Array, " outputs"]:
+        """$K^+ x$."""
+        return self.vectors @ (self.inverse_values * (self.vectors.T @ x))
+
+    @property
     def inverse_values(self) -> Float[Array, " outputs"]:
         r"""$\mu_a^{-1}$, and 0 for directions that rest."""
         return self.moving / jnp.where(self.moving > 0.0, self.values, 1.0)
@@ -112,9 +121,10 @@ def fluctuation(problem: Problem, weights: Weights, law: Law, feedback: bool = T
     both = moving[:, None] & moving[None, :] & stable[:, None] & stable[None, :]
     response = jnp.where(both, law.step_size / jnp.where(both, law.damping(a, b), 1.0), 0.0)
     ends = _DataNoise(problem, weights, loss, vectors * mu)
-    shaken = perturbation_covariance(problem, weights)
-    noise = ends.own() + vectors.T @ layer_noise_normal(problem, weights) @ vectors
-    noise = noise + ends.fed_by(shaken)
+    noise = ends.own()
+    if problem.layer_noise or problem.has_gradient_noise:
+        noise = noise + vectors.T @ layer_noise_normal(problem, weights) @ vectors
+        noise = noise + ends.fed_by(perturbation_covariance(problem, weights))
     x = response * noise
     if feedback and ends.is_multiplicative:
         x = _self_consistent(x, lambda y: response * ends.fed_by(vectors @ y @ vectors.T))

@@ -1,19 +1,21 @@
 """Curvature against the Hessian that NumPy gets by complex steps of the gradient."""
 
-import re
-
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from compiled import evaluate, sharpness
+from compiled import compiled, evaluate, sharpness
+from curvature_cases import CASES, Quartic, autodiff_hessian, case, minimum, network, samples
 from hypothesis import assume, given
 from reference import as_numpy, assert_close, scale
 from strategies import cases, whitened
 
 import gradflow as gf
-from gradflow.geometry import end_to_end_kernel
-from gradflow.geometry.curvature import LARGEST_DENSE_HESSIAN, smallest_positive
+from gradflow.geometry import end_to_end_kernel, extreme_eigenvalues
+from gradflow.geometry.curvature import DENSE_SIZE, smallest_positive
+from gradflow.regularizers import Dropout
 
 
 def hessian(net, data):
@@ -113,12 +115,194 @@ def test_sharpness_of_two_scalar_layers():
     np.testing.assert_allclose(float(gf.hessian_trace(net, data)), sxx * (w1**2 + w2**2))
 
 
-def test_sharpness_refuses_a_hessian_that_does_not_fit():
-    width = 1 + int(np.sqrt(LARGEST_DENSE_HESSIAN))
-    net = gf.DeepLinear([np.eye(width)])
-    message = f"the dense Hessian of {width**2} parameters is too large (limit 2000)"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        gf.sharpness(net, gf.Regression.whitened(np.eye(width)))
+block_traces = compiled(gf.hessian_block_traces)
+ends = compiled(extreme_eigenvalues)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_curvature_of_the_averaged_loss(name):
+    """Every regularizer and combination: traces of the blocks and both ends of the spectrum."""
+    net, problem = case(name)
+    full = np.asarray(autodiff_hessian(problem, net.weights))
+    size = scale([full])
+    traces = [np.trace(full[b, b]) for b in blocks(net)]
+    assert_close([block_traces(net, problem)], [traces], size)
+    assert_close([gf.hessian_trace(net, problem)], [np.sum(traces)], size)
+    values = np.linalg.eigvalsh(full)
+    assert_close([sharpness(net, problem)], [values[-1]], size)
+    smallest, largest = ends(net, problem, 3)
+    assert_close([smallest, largest], [values[:3], values[-3:]], size)
+
+
+def test_block_traces_of_a_small_penalty_beside_large_noise():
+    """The trace of a block keeps its digits where the expected loss is 1e12 times larger."""
+    net = gf.DeepLinear([1e6 * np.eye(2), 1e-6 * np.eye(2)])
+    problem = gf.Problem(gf.Regression.whitened(np.eye(2)), [Dropout(0.5)])
+    # C_1 = 1e12 I, doubled by dropout: tau_2 = 2 |I|^2 1e12, tau_1 = 2 |1e-6 I|^2 tr I.
+    np.testing.assert_allclose(block_traces(net, problem), [8e-12, 8e12], rtol=1e-12)
+
+
+def test_trace_of_a_large_own_penalty_is_refused():
+    net = network((45, 45))
+    problem = gf.Problem(samples((45, 45), 3), [Quartic()])
+    with pytest.raises(
+        ValueError, match=r"Hessian of Quartic needs a product for each of the 2025"
+    ):
+        gf.hessian_trace(net, problem)
+
+
+# Networks of more parameters than are decomposed densely: Lanczos.
+
+LARGE = (10, 12, 10, 8)
+
+
+def rotated(values: list[float], depth: int, seed: int = 3) -> gf.DeepLinear:
+    """Balanced layers with the given singular values, seen in random bases."""
+    rng = np.random.default_rng(seed)
+    n = len(values)
+    bases = [np.linalg.qr(rng.normal(size=(n, n)))[0] for _ in range(depth + 1)]
+    return gf.DeepLinear([bases[i + 1] @ np.diag(values) @ bases[i].T for i in range(depth)])
+
+
+def at_target(net: gf.DeepLinear, sxx: np.ndarray | None = None) -> gf.Regression:
+    """Data of which the network is a minimum; moments, so that equal shapes share a program."""
+    s = np.eye(net.widths[0]) if sxx is None else sxx
+    return gf.Regression.from_moments(s, np.asarray(net.end_to_end) @ s)
+
+
+def large_cases() -> dict[str, tuple[gf.DeepLinear, gf.Regression]]:
+    square = network((12, 12, 12, 12))
+    equal = rotated([1.0] * 12, 3)
+    cluster = rotated([1.0 + 1e-6, 1.0, *np.linspace(0.99, 0.5, 10)], 3)
+    scalar = network((1, 40, 10, 1))
+    identity = gf.DeepLinear([np.eye(17)])
+    narrow = network((16, 16, 1))
+    flat = np.diag([1.0] * 3 + [0.0] * 13)
+    return {
+        "away from minima": (square, at_target(equal)),
+        "far away, more negative than positive": (
+            gf.DeepLinear([1e-3 * w for w in square.weights]),
+            at_target(equal),
+        ),
+        "equal eigenvalues": (equal, at_target(equal)),
+        "two nearly equal at the top": (cluster, at_target(cluster)),
+        "no curvature": (gf.DeepLinear([np.zeros((12, 12))] * 3), at_target(equal)),
+        "one positive eigenvalue": (scalar, at_target(scalar)),
+        "multiple of the identity": (identity, at_target(identity)),
+        "singular inputs": (narrow, at_target(narrow, flat)),
+    }
+
+
+@pytest.mark.parametrize("name", large_cases())
+def test_ends_of_a_large_spectrum(name):
+    """Lanczos against the dense decomposition, multiplicities counted."""
+    net, data = large_cases()[name]
+    assert net.num_parameters > DENSE_SIZE
+    full = hessian(net, data)
+    values = np.linalg.eigvalsh((full + full.T) / 2)
+    atol = 1e-10 * np.abs(values).max()
+    np.testing.assert_allclose(float(sharpness(net, data)), values[-1], rtol=0, atol=atol)
+    found = ends(net, data, 3)
+    np.testing.assert_allclose(found.largest, values[-3:], rtol=0, atol=atol)
+    np.testing.assert_allclose(found.smallest, values[:3], rtol=0, atol=atol)
+
+
+def test_ends_of_a_large_spectrum_with_noise_inside():
+    net = network((16, 16, 2))
+    problem = gf.Problem(samples((16, 2), 30), [Dropout(0.2), gf.WeightDecay(0.1)])
+    values = np.linalg.eigvalsh(np.asarray(autodiff_hessian(problem, net.weights)))
+    found = ends(net, problem)
+    atol = 1e-10 * values[-1]
+    np.testing.assert_allclose(found.largest, values[-1:], rtol=0, atol=atol)
+    np.testing.assert_allclose(found.smallest, values[:1], rtol=0, atol=atol)
+
+
+def test_sharpness_of_an_ensemble():
+    """Mapped and compiled, paths that converge at different times and one that has diverged."""
+    data = samples(LARGE, 30)
+    nets = [network(LARGE, seed).weights for seed in range(3)]
+    nets[1] = tuple(10.0 * w for w in nets[1])
+    nets.append(tuple(jnp.full_like(w, jnp.nan) for w in nets[0]))
+    layers = tuple(jnp.stack(ws, -1) for ws in zip(*nets, strict=True))
+    mapped = eqx.filter_jit(
+        jax.vmap(lambda w: gf.sharpness(gf.DeepLinear(w), data), in_axes=-1, out_axes=-1)
+    )
+    found = np.asarray(mapped(layers))
+    for weights, value in zip(nets[:3], found[:3], strict=True):
+        full = hessian(gf.DeepLinear(weights), data)
+        np.testing.assert_allclose(value, np.linalg.eigvalsh(full)[-1], rtol=1e-10)
+    assert np.isnan(found[3])
+
+
+def test_gradient_of_the_sharpness():
+    """Against differences of a dense decomposition, of fourth order."""
+    net, data = network(LARGE), samples(LARGE, 30)
+    gradient = jax.grad(lambda w: gf.sharpness(gf.DeepLinear(w), data))(net.weights)
+    rng = np.random.default_rng(0)
+    direction = [rng.normal(size=w.shape) for w in net.weights]
+
+    def top(step: float) -> float:
+        pairs = zip(net.weights, direction, strict=True)
+        moved = gf.DeepLinear([np.asarray(w) + step * v for w, v in pairs])
+        return float(np.linalg.eigvalsh(hessian(moved, data))[-1])
+
+    expected = (8 * (top(1e-3) - top(-1e-3)) - (top(2e-3) - top(-2e-3))) / 12e-3
+    slope = sum(np.sum(np.asarray(g) * v) for g, v in zip(gradient, direction, strict=True))
+    np.testing.assert_allclose(slope, expected, rtol=1e-7)
+
+
+def test_sharpness_at_width_64():
+    """12,288 parameters: balanced layers of whitened data have N s^{2 - 2/N} at a minimum."""
+    net = rotated([1.3, *np.linspace(1.25, 0.2, 63)], 3)
+    top = float(gf.sharpness(net, at_target(net)))
+    np.testing.assert_allclose(top, 3 * 1.3**4, rtol=1e-10)
+
+
+@pytest.mark.parametrize("k", [0, 9])
+def test_more_eigenvalues_than_parameters(k):
+    with pytest.raises(ValueError, match=f"k must lie between 1 and the 8 parameters; got {k}"):
+        extreme_eigenvalues(network((2, 2, 2)), samples((2, 2), 4), k)
+
+
+# The kernel at minima.
+
+
+@pytest.mark.parametrize("widths", [(3, 2), (4, 3, 2), (2, 3, 2, 3)])
+@pytest.mark.parametrize("kind", ["regular", "singular", "noisy"])
+def test_spectrum_at_a_minimum_of_a_problem(widths, kind):
+    """Noise on the inputs is part of S; weight decay adds its rate to what is listed."""
+    rng = np.random.default_rng(5)
+    rows = rng.normal(size=(2 if kind == "singular" else 9, widths[0]))
+    s = rows.T @ rows
+    decay = 0.3
+    if kind == "noisy":
+        net, _ = minimum(widths, s)
+        std = 0.7
+        noisy = s + std**2 * np.eye(widths[0])
+        # The minimum of the noisy problem is P = Y (S + s^2 I)^{-1}: choose Y for it.
+        target = np.asarray(net.end_to_end) @ noisy
+        data = gf.Regression.from_moments(s, target)
+        problem = gf.Problem(data, [gf.InputNoise(std), gf.WeightDecay(decay)])
+    else:
+        net, data = minimum(widths, s)
+        problem = gf.Problem(data, [gf.LabelNoise(0.5), gf.WeightDecay(decay)])
+        np.testing.assert_allclose(
+            gf.minima_spectrum(net, problem), gf.minima_spectrum(net, data), atol=1e-10
+        )
+    full = np.asarray(autodiff_hessian(problem, net.weights)) - decay * np.eye(net.num_parameters)
+    values = np.sort(np.linalg.eigvalsh(full))[::-1]
+    found = np.asarray(gf.minima_spectrum(net, problem))[::-1]
+    most = max(len(values), len(found))
+    expected = np.pad(values, (0, most - len(values)))
+    # Roots of a singular moment carry the square root of rounding.
+    atol = (1e-7 if kind == "singular" else 1e-11) * values[0]
+    np.testing.assert_allclose(np.pad(found, (0, most - len(found))), expected, atol=atol)
+
+
+def test_spectrum_at_minima_needs_the_minima_of_the_data():
+    net, problem = case("dropout")
+    with pytest.raises(ValueError, match=r"minima_spectrum: Dropout, Dropout acts inside the"):
+        gf.minima_spectrum(net, problem)
 
 
 @pytest.mark.parametrize(

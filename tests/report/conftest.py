@@ -17,6 +17,7 @@ import gradflow as gf
 from gradflow.analysis.phases import Phases
 from gradflow.analysis.predict import Prediction
 from gradflow.analysis.rates import Rate
+from gradflow.study.build import build_dynamics
 from gradflow.study.results import ClaimResult, RunResult, StudyResult
 from gradflow.study.spec import StudySpec
 from gradflow.trajectory import Trajectory
@@ -65,26 +66,22 @@ SPEC: dict[str, Any] = {
     ],
 }
 
-RATES = {"flow": 0.0, "sgd": 0.0125, "sde": 0.0125, "decay": 0.02}
+# Runs are made by the first word of their names: sgd_2 is like sgd.
+RATES = {"flow": 0.0, "sgd": 0.0125, "sde": 0.0125, "slow": 0.0125, "decay": 0.02}
 REGULARIZERS = {
     "flow": [],
     "sgd": [gf.LabelNoise(std=0.5)],
     "sde": [gf.LabelNoise(std=0.5)],
+    "slow": [gf.LabelNoise(std=0.5)],
     "decay": [gf.WeightDecay(0.01)],
-}
-DYNAMICS = {
-    "flow": gf.GradientFlow(),
-    "sgd": gf.GradientDescent(step_size=0.05),
-    "sde": gf.StochasticFlow(step_size=0.05),
-    "decay": gf.GradientFlow(),
 }
 
 
 def paths(name: str, replicas: int | None, rng: np.random.Generator) -> xr.Dataset:
     """The two weights and the observables of one run."""
     time = np.concatenate([[0.0], np.geomspace(0.05, 100.0, 40)])
-    count = replicas or 1
-    u = 3.99 * np.exp(-RATES[name] * time) * np.ones((count, 1))
+    count, kind = replicas or 1, name.partition("_")[0]
+    u = 3.99 * np.exp(-RATES[kind] * time) * np.ones((count, 1))
     p = 1.0 - 0.8 * np.exp(-4.5 * time) + (0.1 if replicas else 0.0) * rng.normal(size=(count, 41))
     root = np.sqrt(u**2 + 4 * p**2)
     w1, w2 = np.sqrt((root + u) / 2), np.sign(p) * np.sqrt((root - u) / 2)
@@ -124,9 +121,10 @@ def run_result(spec: StudySpec, index: int, dataset: xr.Dataset) -> RunResult:
     """One run with phases, rate and prediction; plain gradient flow has a reason instead."""
     run = spec.run[index]
     net = gf.DeepLinear([np.array([[2.0]]), np.array([[0.1]])])
-    problem = gf.Problem(gf.Regression.whitened(target=[[1.0]]), REGULARIZERS[run.name])
-    trajectory = Trajectory(dataset, problem, DYNAMICS[run.name], [net])
-    expected, nan = RATES[run.name], float("nan")
+    kind = run.name.partition("_")[0]
+    problem = gf.Problem(gf.Regression.whitened(target=[[1.0]]), REGULARIZERS[kind])
+    trajectory = Trajectory(dataset, problem, build_dynamics(run.dynamics), [net])
+    expected, nan = RATES[kind], float("nan")
     window = (2.0, 100.0)
     noisy = run.replicas is not None
     rate = None
@@ -170,11 +168,14 @@ def run_result(spec: StudySpec, index: int, dataset: xr.Dataset) -> RunResult:
         loss_floor=5e-3,
         imbalance_rate=expected or nan,
         imbalance_drift=nan,
+        leading_rate=0.8 * expected or nan,
+        sharpness=0.21 if kind in ("sgd", "sde") else nan,
         separation=4.47 / expected if expected else nan,
         eps=0.1,
         limit=net,
     )
-    return RunResult(run.name, run.title, run.group, run, trajectory, phases, rate, prediction, ())
+    known = None if kind == "slow" else phases  # a slow flow has but one phase
+    return RunResult(run.name, run.title, run.group, run, trajectory, known, rate, prediction, ())
 
 
 CLAIMS = (

@@ -27,6 +27,28 @@ def test_dynamics(load):
     assert descent.momentum is not None and float(descent.momentum) == 0.5
     sde = dynamics_of(load, '{ kind = "StochasticFlow", step_size = 0.1, substeps = 4 }')
     assert isinstance(sde, gf.StochasticFlow) and sde.substeps == 4
+    slow = dynamics_of(
+        load,
+        '{ kind = "SlowFlow", step_size = 0.1, finite_step = false, momentum = 0.5, '
+        'decay = "decoupled", rtol = 1e-6, atol = 1e-9, cell = 0.5 }',
+    )
+    assert isinstance(slow, gf.SlowFlow) and not slow.finite_step and slow.momentum is not None
+    assert slow.decay == "decoupled" and slow.cell is not None
+    settings = slow.step_size, slow.momentum, slow.rtol, slow.atol, slow.cell
+    assert tuple(map(float, settings)) == (0.1, 0.5, 1e-6, 1e-9, 0.5)
+
+
+def test_replicas_of_a_slow_flow_need_noise_along_the_manifold(load):
+    table = '{ kind = "SlowFlow", step_size = 0.1 }'
+    text = HEAD + RUN.replace('{ kind = "GradientFlow" }', table)
+    text += 'replicas = 4\nregularizers = [{ kind = "NOISE", std = 0.5 }]\n'
+    assert built(load, text.replace("NOISE", "GradientNoise"))
+    with pytest.raises(SpecError) as caught:
+        built(load, text.replace("NOISE", "LabelNoise"))
+    assert str(caught.value).endswith(
+        'spec.toml:12: run "flow", replicas: got 4; this SlowFlow is not random (no noise moves it '
+        "along the manifold), so all of them would be the same; leave it out"
+    )
 
 
 def test_regularizers(load):
@@ -164,6 +186,8 @@ def test_observables_that_a_dynamics_does_not_have(load):
          "component: got [2]; squared_norms has shape [2]; give the indices of one entry"),
         ('quantity = "max_change"\nobservable = "loss"\ncomponent = [0]',
          "component: got [0]; loss is a number"),
+        ('quantity = "component_ratio"\nobservable = "squared_norms"\ncomponent = [1]\nover = [2]',
+         "over: got [2]; squared_norms has shape [2]; give the indices of one entry"),
         ('quantity = "rate"\nobservable = "squared_norms"',
          "observable: squared_norms has shape [2]; rate needs a number"),
     ],
@@ -177,7 +201,11 @@ def test_entries_of_observables_are_checked_before_anything_runs(load, keys, mes
 
 def test_entries_that_fit(load):
     claim = '[[claim]]\nsentence = "x"\nrun = "flow"\nat_most = 1.0\nobservable = "squared_norms"\n'
-    for keys in ('quantity = "final"\ncomponent = [-1]', 'quantity = "max_change"'):
+    for keys in (
+        'quantity = "final"\ncomponent = [-1]',
+        'quantity = "max_change"',
+        'quantity = "component_ratio"\ncomponent = [-1]\nover = [0]',
+    ):
         (run,) = built(load, HEAD + RUN + claim + keys + "\n")
         assert run.shapes["squared_norms"] == (2,) and run.shapes["loss"] == ()
 

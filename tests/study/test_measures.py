@@ -1,5 +1,6 @@
 """Every quantity on runs whose values are known in closed form."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from scipy import stats
 from specs import make_run
 
 import gradflow as gf
-from gradflow.analysis import Prediction
+from gradflow.analysis import Phases, Prediction, predict
 from gradflow.study.measures import MEASURES
 from gradflow.study.quantities import QUANTITIES
 from gradflow.study.spec import ClaimSpec
@@ -62,6 +63,143 @@ def test_predictions_are_those_of_the_imbalance_only():
     assert ratio.value == pytest.approx(1.25)
     with pytest.raises(ValueError, match="no prediction of rate"):
         measure("predicted_ratio", run, window=[0, 1], of="rate", observable="loss")
+
+
+def test_a_claim_chooses_the_theory_of_its_prediction():
+    """Label noise on a scalar network: rate h v, and h v 2/(2 - h lam) at finite step."""
+    problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.5)])
+    net = gf.DeepLinear([np.array([[2.0]]), np.array([[0.5]])])
+    predicted = predict(problem, net, 0.1)
+    time = np.linspace(0.0, 1.0, 21)
+    run = dataclasses.replace(
+        make_run(time=time, imbalance=np.exp(-time)), prediction=predicted, phases=phases_of(0.6)
+    )
+
+    def expected(quantity, theory):
+        return measure(quantity, run, window=[0, 1], theory=theory).predicted
+
+    small, finite = 0.025, 0.025 * 2 / (2 - 0.1 * 4.25)
+    assert expected("rate", "leading_order") == pytest.approx(small, rel=1e-6)
+    a_step = -math.log1p(-0.1 * finite) / 0.1  # D falls by the factor 1 - h finite in each step
+    assert expected("rate", "finite_step") == pytest.approx(a_step, rel=1e-6)
+    assert expected("rate", None) == predicted.imbalance_rate
+    assert expected("drift", "finite_step") == pytest.approx(-3.75 * finite, rel=1e-6)
+    for name in ("optimization_end", "optimization_rate", "separation"):
+        for theory, law in predicted.laws.items():
+            assert expected(name, theory) == getattr(law, name)
+    assert expected("separation", "leading_order") > 1.2 * expected("separation", "finite_step")
+    ratio = measure("predicted_ratio", run, of="rate", theory="leading_order", window=[0, 1])
+    assert ratio.value == pytest.approx(1 / small, rel=1e-6)
+    without = dataclasses.replace(run, prediction=dataclasses.replace(predicted, finite_step=None))
+    assert measure("rate", without, window=[0, 1], theory="finite_step").predicted is None
+    with pytest.raises(ValueError, match="no prediction of drift"):
+        measure("predicted_ratio", without, of="drift", theory="finite_step", window=[0, 1])
+
+
+def test_a_slow_flow_is_in_its_regularization_phase_from_the_start():
+    time = np.linspace(0.0, 2.0, 41)
+    run = make_run(
+        time=time,
+        imbalance=np.exp(-0.7 * time),
+        dynamics={"kind": "SlowFlow", "step_size": 0.1},
+    )
+    found = measure("rate", run)
+    assert found.value == pytest.approx(0.7, rel=1e-10)
+    assert found.detail.startswith("t in [0, 2]")
+
+
+def pair_of_runs(moved, expected, times, slow_times):
+    first = make_run("a", time=times, imbalance=moved)
+    first = dataclasses.replace(first, phases=phases_of(0.0))
+    return first, make_run("b", time=slow_times, imbalance=expected)
+
+
+def phases_of(end):
+    nan = math.nan
+    rates = (nan, nan, (nan, nan), None, nan, nan)
+    return Phases(end, nan, nan, nan, "excess_loss", 0.1, nan, *rates, replicas=1, diverged=0)
+
+
+PAIR = {"run": None, "runs": ["a", "b"], "observable": "imbalance"}
+
+
+def test_displacement_ratio_in_a_window_of_runs_saved_at_other_times():
+    """The slow run starts elsewhere, and is interpolated where the first was saved."""
+    times, slow_times = np.linspace(0.0, 4.0, 17), np.linspace(0.0, 4.0, 62)
+    values = 3 * np.exp(-0.3 * times) + 9 * np.exp(-40 * times)
+    first, second = pair_of_runs(values, 2 * np.exp(-0.3 * slow_times) + 5, times, slow_times)
+    found = measure("displacement_ratio", first, second, window=[0.9, 3.6], **PAIR)
+    assert found.value == pytest.approx(1.5, rel=1e-5)
+    assert found.error is None and found.detail.endswith("t in [1, 3.5]")
+    first = dataclasses.replace(first, phases=phases_of(0.6))
+    found = measure("displacement_ratio", first, second, **PAIR)
+    assert found.value == pytest.approx(1.5, rel=1e-5)
+    assert found.detail.endswith("t in [0.75, 4]")
+
+
+def test_displacement_ratio_ends_where_the_second_run_does():
+    times = np.linspace(0.0, 4.0, 17)
+    first, second = pair_of_runs(2 * times, times[:9] * 3, times, times[:9])
+    assert measure("displacement_ratio", first, second, **PAIR).value == pytest.approx(2 / 3)
+    almost = times * (1 - 1e-12)  # a run on a grid and a flow end at the same time but for rounding
+    first, second = pair_of_runs(2 * times, times, times, almost)
+    assert measure("displacement_ratio", first, second, **PAIR).detail.endswith("t in [0, 4]")
+    with pytest.raises(ValueError, match=r"fewer than two times .* \[3.9, 4\]"):
+        measure("displacement_ratio", first, second, window=[3.9, 4.0], **PAIR)
+    first, second = pair_of_runs(2 * times, 0 * times, times, times)
+    with pytest.raises(ValueError, match='imbalance does not change in run "b"'):
+        measure("displacement_ratio", first, second, **PAIR)
+    first = dataclasses.replace(first, phases=phases_of(math.nan))
+    with pytest.raises(ValueError, match='run "a" has no end of its optimization phase; give win'):
+        measure("displacement_ratio", first, second, **PAIR)
+
+
+def test_displacement_ratio_error_is_the_spread_of_repeated_experiments():
+    """200 experiments know the spread to 5 %; both runs are noisy."""
+    rng = np.random.default_rng(5)
+    found = []
+    for _ in range(200):
+        ends = rng.normal(2.0, 1.0, (64, 1)), rng.normal(4.0, 1.5, (48, 1))
+        runs = [
+            make_run(
+                name,
+                time=np.array([0.0, 1.0]),
+                replicas=len(end),
+                imbalance=np.concatenate([0 * end, end], axis=1),
+            )
+            for name, end in zip("ab", ends, strict=True)
+        ]
+        found.append(measure("displacement_ratio", *runs, window=[0, 1], **PAIR))
+    values = np.array([measurement.value for measurement in found])
+    errors = np.array([measurement.error for measurement in found])
+    assert errors.mean() == pytest.approx(values.std(ddof=1), rel=0.15)
+    assert values.mean() == pytest.approx(0.5, abs=4 * errors.mean() / math.sqrt(200))
+
+
+def test_component_ratio_is_that_of_the_means():
+    rng = np.random.default_rng(6)
+    values = np.abs(rng.normal(2.0, 0.8, (400, 3, 2)))
+    run = make_run(time=np.arange(3.0), replicas=400, squared_norms=values)
+    found = measure("component_ratio", run, observable="squared_norms", component=[1], over=[0])
+    below, above = values[:, -1].T
+    assert found.value == pytest.approx(above.mean() / below.mean())
+    left_out = [np.delete(above, i).mean() / np.delete(below, i).mean() for i in range(len(above))]
+    jackknife = math.sqrt(399 / 400 * np.sum((left_out - np.mean(left_out)) ** 2))
+    assert found.error == pytest.approx(jackknife, rel=0.02)
+    with pytest.raises(ValueError, match=r"over = \[2\] does not index squared_norms"):
+        measure("component_ratio", run, observable="squared_norms", component=[1], over=[2])
+    zero = make_run(time=np.arange(3.0), squared_norms=np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="is 0 at the end"):
+        measure("component_ratio", zero, observable="squared_norms", component=[1], over=[0])
+
+
+def test_speed_up_is_the_ratio_of_wall_times():
+    runs = [make_run(name) for name in "ab"]
+    for run, seconds in zip(runs, (12.0, 0.05), strict=True):
+        run.trajectory.to_xarray().attrs["wall_time_s"] = seconds
+    found = measure("speed_up", *runs, run=None, runs=["a", "b"])
+    assert found.value == pytest.approx(240.0)
+    assert (found.error, found.detail) == (None, "12 s over 0.05 s")
 
 
 def test_final_change_and_ratio_average_over_replicas():

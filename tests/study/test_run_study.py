@@ -4,6 +4,7 @@ import json
 import signal
 import warnings
 
+import jax
 import numpy as np
 import xarray as xr
 from specs import HEAD, RUN
@@ -35,6 +36,43 @@ run = "flow"
 quantity = "max_change"
 observable = "imbalance"
 at_most = 1e-6
+"""
+
+
+SLOW = """\
+[[run]]
+name = "slow"
+dynamics = { kind = "SlowFlow", step_size = 0.05 }
+regularizers = [{ kind = "LabelNoise", std = 0.5 }]
+steps = 40
+save = { points = 5 }
+observables = ["imbalance", "squared_norms", "end_to_end"]
+[[claim]]
+sentence = "The slow flow is quick."
+runs = ["noisy", "slow"]
+quantity = "speed_up"
+at_least = 0.0
+[[claim]]
+sentence = "It conserves the end-to-end matrix."
+run = "slow"
+quantity = "max_change"
+observable = "end_to_end"
+at_most = 1e-12
+[[claim]]
+sentence = "Its rate is that of both theories."
+run = "slow"
+quantity = "rate"
+expected = "predicted"
+theory = "leading_order"
+tolerance = 0.2
+[[claim]]
+sentence = "The layers differ in the end."
+run = "slow"
+quantity = "component_ratio"
+observable = "squared_norms"
+component = [1]
+over = [0]
+at_most = 0.5
 """
 
 
@@ -72,6 +110,31 @@ def test_a_study(load, tmp_path):
     for name, run in result.runs.items():
         with xr.open_dataset(tmp_path / "runs" / f"{name}.nc") as stored:
             assert np.array_equal(stored["imbalance"], run.trajectory["imbalance"])
+
+
+def test_a_slow_flow_beside_sgd_and_what_they_take_without_compilation(
+    load, tmp_path, monkeypatch, caplog
+):
+    calls = []
+
+    def watched(*args, **keys):
+        caplog.clear()
+        with jax.log_compiles():
+            trajectory = gf.simulate(*args, **keys)
+        compilations = sum("XLA compilation" in record.message for record in caplog.records)
+        calls.append((keys["steps"], compilations > 0))
+        return trajectory
+
+    monkeypatch.setattr(runner, "simulate", watched)
+    # Shapes of its own, so that no other test has compiled these runs.
+    head = HEAD.replace("[[2.0]], [[0.1]]", "[[1.5], [0.5]], [[0.2, 0.3]]")
+    result = carry_out(load, head + NOISY.replace("replicas = 4", "replicas = 3") + SLOW, tmp_path)
+    assert calls == [(1, True), (40, False), (1, True), (40, False)]
+    assert result.holds, [(claim.sentence, claim.measured) for claim in result.claims]
+    slow = result.runs["slow"]
+    assert slow.phases is None and slow.rate is not None and slow.notes == ()
+    seconds = [result.runs[name].trajectory.attrs["wall_time_s"] for name in ("noisy", "slow")]
+    assert result.claims[0].measured == seconds[0] / seconds[1]
 
 
 def test_a_run_of_a_study_is_the_same_as_a_call_of_simulate(load, tmp_path):

@@ -150,6 +150,36 @@ CLAIM = '[[claim]]\nsentence = "x"\nrun = "flow"\n'
             "optimization_rate, separation",
         ),
         (
+            'quantity = "rate"\ntheory = "leading_order"\nat_most = 1.0',
+            'claim 1, theory: has a meaning only beside expected = "predicted"',
+        ),
+        (
+            'quantity = "rate"\ntheory = "leading"\nexpected = "predicted"\ntolerance = 0.1',
+            'claim 1, theory: got "leading"; did you mean "leading_order"? '
+            "allowed: leading_order, finite_step",
+        ),
+        (
+            'quantity = "separation"\nwindow = [0.0, 1.0]\ntheory = "finite_step"\nat_most = 1.0',
+            "claim 1, window: separation does not use window; leave it out",
+        ),
+        (
+            'quantity = "max_change"\nobservable = "loss"\ntheory = "finite_step"\nat_most = 1.0',
+            "claim 1, theory: max_change does not use theory; leave it out",
+        ),
+        (
+            'quantity = "component_ratio"\nobservable = "squared_norms"\ncomponent = [1]\n'
+            "at_most = 1.0",
+            "claim 1: component_ratio needs over",
+        ),
+        (
+            'quantity = "displacement_ratio"\nobservable = "loss"\nat_most = 1.0',
+            "claim 1, run: got 1; displacement_ratio is about 2 runs",
+        ),
+        (
+            'quantity = "speed_up"\nobservable = "loss"\nat_least = 1.0',
+            "claim 1, observable: speed_up takes no observable; leave it out",
+        ),
+        (
             'quantity = "gd_identity"\nat_most = 1.0',
             'claim 1, run: run "flow" is not plain GradientDescent; gd_identity holds only there',
         ),

@@ -3,6 +3,7 @@
 import itertools
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -143,11 +144,11 @@ def chain(problem, net):
     return kernel, noise + level * jacobian @ jacobian.T
 
 
-def fed_noise(problem, net, x):
-    """What fluctuations of P with the covariance x of vec((P - T) S^{1/2}) add to the noise.
+def noise_feeder(problem, net):
+    """A function: what fluctuations of vec((P - T) S^{1/2}) of a covariance add to the noise.
 
-    The covariance of the noise on M is quadratic in P, so shifts of P along the eigenvectors of x
-    give its mean exactly.
+    The covariance of the noise on M is quadratic in P, so shifts of P along unit vectors and sums
+    of two of them give its mean exactly.
     """
     layers = as_numpy(net.weights)
     root = scipy.linalg.sqrtm(np.asarray(problem.input_moment)).real
@@ -157,18 +158,24 @@ def fed_noise(problem, net, x):
         push += np.kron(a @ a.T, root @ b.T @ b)
     moments = problem.noise_moments(net.weights)
 
+    @jax.jit
     def at(p):
         m = p @ problem.data.sxx - problem.data.syx
         there = eqx.tree_at(lambda n: (n.p, n.m), moments, (p, m))
-        return np.asarray(end_to_end_covariance(problem.regularizers, there))
+        return end_to_end_covariance(problem.regularizers, there)
 
-    middle = at(moments.p)
-    values, vectors = np.linalg.eigh(x)
-    total = np.zeros((4, 4))
-    for value, vector in zip(values, vectors.T, strict=True):
-        shift = np.sqrt(max(value, 0.0)) * vector.reshape(2, 2) @ np.linalg.inv(root)
-        total += 0.5 * (at(moments.p + shift) + at(moments.p - shift)) - middle
-    return push @ total @ push.T
+    def added(shift):
+        p = np.asarray(moments.p)
+        rho = shift.reshape(2, 2) @ np.linalg.inv(root)
+        return np.asarray(0.5 * (at(p + rho) + at(p - rho)) - at(p))
+
+    one = np.eye(4)
+    diagonal = [added(e) for e in one]
+    slopes = np.zeros((4, 4, 4, 4))
+    for i, j in itertools.product(range(4), repeat=2):
+        both = diagonal[i] if i == j else 0.5 * (added(one[i] + one[j]) - diagonal[i] - diagonal[j])
+        slopes[i, j] = push @ both @ push.T
+    return lambda x: np.einsum("ij,ijkl->kl", x, slopes)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -181,11 +188,12 @@ def test_stationary_covariance_solves_lyapunov_equations(name, widths):
     moving = vectors[:, values > 1e-10 * values[-1]]
     inner = moving.T @ kernel @ moving
     step = np.eye(moving.shape[1]) - H * inner
+    fed_noise = noise_feeder(problem, net)
     size = None
     for is_discrete in (True, False):
         expected = np.zeros((4, 4))
         for _ in range(60 if name in ("inputs", "online") else 1):
-            inside = moving.T @ (noise + fed_noise(problem, net, expected)) @ moving
+            inside = moving.T @ (noise + fed_noise(expected)) @ moving
             if is_discrete:
                 x = scipy.linalg.solve_discrete_lyapunov(step, H**2 * inside)
             else:

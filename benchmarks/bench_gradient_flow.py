@@ -1,0 +1,124 @@
+"""Gradient flow to a loss of about 1e-12 with 51 saved points, beside SciPy and torchdiffeq.
+
+    python benchmarks/bench_gradient_flow.py [--quick] [--cases scalar-2 small ...]
+
+Everybody is given rtol 1e-8 and atol 1e-10. Errors are the largest over the saved points, of the
+loss against an integration to near rounding, and of the entries of every G_i, which the flow keeps.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from agreement import same_values
+from contest import Contestant, contest
+from ensembles import rounds_of
+from flow_cases import CASES, SAVES, FlowCase
+from ode_peers import (
+    ATOL,
+    RTOL,
+    errors,
+    loss_of,
+    reference,
+    scipy_solve,
+    torchdiffeq_solve,
+    unflat,
+)
+from results import Report, Table, Target, options, stated
+
+import gradflow as gf
+
+STIFF = ("unbalanced", "small")
+LARGEST_JACOBIAN = 400
+ROUNDING = 1e-14
+AGREEMENT = 1e-4
+"""Distance in the loss at which two solves have different problems."""
+
+
+def own_solve(case: FlowCase, flow: gf.GradientFlow) -> Callable[[], np.ndarray]:
+    """`gradflow.simulate` with stored weights; gives `(SAVES, weights)`."""
+    problem = gf.Problem(gf.Regression.whitened(case.target))
+    net = gf.DeepLinear(list(case.layers))
+
+    def run() -> np.ndarray:
+        trajectory = gf.simulate(
+            problem,
+            net,
+            flow,
+            t1=case.stop,
+            save=SAVES,
+            observables=["loss"],
+            store_weights=True,
+            progress=False,
+        )
+        return np.concatenate([w.reshape(SAVES, -1) for w in trajectory.weights], axis=1)
+
+    return run
+
+
+def solves(name: str, case: FlowCase) -> dict[str, Callable[[], np.ndarray]]:
+    """Everybody who takes part in a case."""
+    found = {"gradflow": own_solve(case, gf.GradientFlow(RTOL, ATOL))}
+    if name in STIFF:
+        found["gradflow, stiff"] = own_solve(case, gf.GradientFlow(RTOL, ATOL, stiff=True))
+    dense = case.size <= LARGEST_JACOBIAN
+    methods = ("RK45", "DOP853", *(("LSODA",) if dense else ()))
+    if name in STIFF:
+        methods = (*methods, "Radau", "BDF")
+    found |= {f"SciPy, {m}": scipy_solve(case, m) for m in methods}
+    return found | {f"torchdiffeq, {m}": torchdiffeq_solve(case, m) for m in ("dopri5", "dopri8")}
+
+
+def flow_table(name: str, rounds: int, patience: float) -> Table:
+    """Check, measure errors, time."""
+    case = CASES[name]()
+    exact = reference(case, name in STIFF)
+    runs = solves(name, case)
+    losses = {"reference": loss_of(unflat(case, exact), case.target)}
+    contestants = []
+    for who, run in runs.items():
+        saved = run()
+        losses[who] = loss_of(unflat(case, saved), case.target)
+        of_loss, of_g = errors(case, saved, exact)
+        facts = {"error of the loss": of_loss, "error of G": of_g}
+        contestants.append(Contestant(who, run, facts=facts))
+    agreement = same_values(losses, AGREEMENT)
+    timings = contest(contestants, rounds, patience)
+    factor = 10.0 if case.is_scalar else 1.5
+    own = min((t for n, t in timings.items() if n.startswith("gradflow")), key=lambda t: t.median)
+    peers = {n: t for n, t in timings.items() if not n.startswith("gradflow")}
+    best = min(peers.values(), key=lambda t: t.median)
+    no_worse = [
+        stated(
+            f"{fact} no larger than that of {best.name}",
+            own.facts[fact] / max(best.facts[fact], ROUNDING),
+            1.0,
+        )
+        for fact in ("error of the loss", "error of G")
+    ]
+    target = Target(
+        f"{factor:g}x faster than the best of SciPy and torchdiffeq",
+        own.name,
+        tuple(peers),
+        1 / factor,
+    )
+    return Table(
+        f"{case.title}, to t = {case.stop:g}", "ms", "solve", "gradflow", timings, [target],
+        agreement, "largest difference of the loss", no_worse,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = options(__doc__)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=None)
+    chosen = parser.parse_args()
+    report = Report("gradient_flow", chosen)
+    names = chosen.cases or (("scalar-2", "width-10") if chosen.quick else list(CASES))
+    for name in names:
+        patience = 5.0 if chosen.quick else 60.0
+        report.add(flow_table(name, rounds_of(chosen), patience))
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What no implementation can undercut on this machine: its normals and its matrix products."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gradflow.streams import Stream
+
+CACHE = 2**21
+"""Bytes of noise drawn at once."""
+
+GEMM_SIZE = 1024
+
+
+def over_devices(array: jax.Array, axis: int = 0) -> jax.Array:
+    """Lay an array out over all devices along its path axis, if they divide it."""
+    devices = jax.devices()
+    if array.shape[axis] % len(devices):
+        return array
+    names = [None] * array.ndim
+    names[axis] = "paths"
+    mesh = Mesh(np.array(devices), ("paths",))
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*names)))
+
+
+def noise_alone(shape: tuple[int, ...], paths: int) -> Callable[[int], jax.Array]:
+    """Draw and add up the normals of every step and path, in blocks that fit the cache.
+
+    The function takes the number of steps and rounds it up to a whole block.
+    """
+    per_step = int(np.prod(shape)) * paths * 8
+    block = int(2 ** np.clip(np.floor(np.log2(max(CACHE // per_step, 1))), 0, 8))
+    numbers = over_devices(jnp.arange(paths, dtype=jnp.uint32))
+    key = jax.random.key_data(jax.random.key(0))
+
+    @jax.jit
+    def total(blocks: jax.Array, numbers: jax.Array) -> jax.Array:
+        def one(b: jax.Array, total: jax.Array) -> jax.Array:
+            stream = Stream(key, b * block + jnp.arange(block), numbers).substream(0)
+            normals = stream.normals(shape).reshape(block, -1, paths)
+            return total + normals.sum(axis=(0, 1))
+
+        return jax.lax.fori_loop(0, blocks, one, jnp.zeros(paths))
+
+    return lambda steps: total(jnp.asarray(-(-steps // block)), numbers).block_until_ready()
+
+
+def gemm() -> tuple[Callable[[], jax.Array], float]:
+    """A large product of matrices in double precision, and its floating-point operations."""
+    a, b = jax.random.normal(jax.random.key(0), (2, GEMM_SIZE, GEMM_SIZE))
+    multiply = jax.jit(jnp.matmul)
+    return lambda: multiply(a, b).block_until_ready(), 2.0 * GEMM_SIZE**3
+
+
+def step_flops(depth: int, width: int) -> float:
+    """Operations of the 3 (depth - 1) products in the gradient of a square network, moments given.
+
+    Depth - 1 for the end-to-end matrix and its right factors, twice as many to pull back.
+    """
+    return 3.0 * (depth - 1) * 2.0 * width**3

@@ -1,0 +1,79 @@
+r"""The slow flow to one flow time, however far: where training is after very many steps."""
+
+from typing import Any, Literal
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool
+
+from gradflow.geometry.base import output_loss
+from gradflow.geometry.manifold import retract
+from gradflow.problem import Problem
+from gradflow.theory.end_point import ATOL, RTOL, STILL, _force
+from gradflow.theory.slow_drift import slow_drift
+from gradflow.types import Scalar, Weights
+
+SHORTEST = 1e-13
+"""Shortest step, as a share of the time to go."""
+
+MOST_STEPS = 100_000
+"""Steps of the integrator until the path is given up."""
+
+
+def slow_point(
+    problem: Problem,
+    weights: Weights,
+    time: ArrayLike,
+    step_size: ArrayLike,
+    momentum: ArrayLike | None = None,
+    *,
+    finite_step: bool = True,
+    decay: Literal["coupled", "decoupled"] = "coupled",
+) -> tuple[Weights, Bool[Array, ""]]:
+    r"""The weights that $\dot W = \text{slow\_drift}(W)$ reaches from a minimum in a flow time.
+
+    Once the path stands still it is not followed any further, so that a time costs no more than the
+    way to the stationary point.
+
+    **Arguments:** as for `slow_drift`, with `weights` on the minima manifold, and `time` > 0. May
+    be compiled.
+
+    **Returns:** the weights, on the manifold, and whether the path got there: not if it came to
+    where training about the minima is not stable.
+    """
+    loss = output_loss(problem)
+    stop = jnp.asarray(time, loss.s.dtype)
+
+    def velocity(t: Any, at: Weights, args: None) -> Weights:
+        del t, args
+        options: dict[str, Any] = {"finite_step": finite_step, "decay": decay}
+        return slow_drift(problem, retract(at, loss), step_size, momentum, **options)
+
+    force = _force(problem, weights, step_size, momentum, finite_step)
+
+    def ended(t: Any, y: Weights, args: None, **kwargs: Any) -> Bool[Array, ""]:
+        del args, kwargs
+        return _norm(velocity(t, y, None)) <= STILL * force
+
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(velocity),
+        diffrax.Dopri8(),
+        t0=0.0,
+        t1=stop,
+        dt0=None,
+        y0=weights,
+        stepsize_controller=diffrax.PIDController(RTOL, ATOL, dtmin=SHORTEST * stop),
+        event=diffrax.Event(ended),
+        max_steps=MOST_STEPS,
+        throw=False,
+    )
+    assert solution.ys is not None
+    there = retract(jax.tree.map(lambda y: y[-1], solution.ys), loss)
+    result = solution.result
+    arrived = (result == diffrax.RESULTS.successful) | (result == diffrax.RESULTS.event_occurred)
+    return there, arrived & jnp.isfinite(_norm(there))
+
+
+def _norm(weights: Weights) -> Scalar:
+    return jnp.sqrt(sum(jnp.sum(w * w) for w in weights))
