@@ -12,8 +12,10 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import equinox as eqx
 import jax
 import jaxtyping
+import pytest
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_enable_x64", True)
@@ -31,3 +33,17 @@ _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fixed", derandomize=True, max_examples=20, **_COMMON)
 settings.register_profile("explore", max_examples=500, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+# Every compiled program maps memory a few times, and Linux allows a process 65,530 mappings: one
+# more ends it with a segmentation fault. Modules share few programs, so the old ones may go.
+MOST_MAPPINGS = 25_000
+MAPPINGS = Path("/proc/self/maps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Forget the compiled programs of the modules so far once they have become many."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        eqx.clear_caches()

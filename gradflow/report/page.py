@@ -47,7 +47,7 @@ def write_page(result: StudyResult, figures: Sequence[FigureFile]) -> Path:
     text = environment.get_template("page.html.j2").render(
         name=result.spec.name,
         title=result.spec.title or result.spec.name,
-        description=result.spec.description,
+        description=_paragraphs(result.spec.description),
         summary=summary(result),
         tone=tone(result),
         claims=claim_rows(result),
@@ -75,3 +75,8 @@ def write_page(result: StudyResult, figures: Sequence[FigureFile]) -> Path:
 
 def _alt(figure: FigureFile) -> str:
     return f"{figure.title or figure.name}. {figure.caption}"
+
+
+def _paragraphs(text: str) -> str:
+    """The text with the line breaks of its file gone; blank lines still part paragraphs."""
+    return "\n\n".join(" ".join(part.split()) for part in text.strip().split("\n\n"))

@@ -74,7 +74,6 @@ def noise_floor(
     **Raises:** `ValueError` for noise inside the network.
     """
     check_outside(problem, "noise_floor", INSTEAD)
-    check_outside(problem, "noise_floor", INSTEAD)
     options = {"order": order, "amplification": amplification}
     x = stationary_covariance(problem, weights, step_size, discrete, momentum, **options)
     return 0.5 * jnp.trace(x)

@@ -7,10 +7,11 @@ from gradflow.study.experiments import find, shipped, titles
 from gradflow.study.load import load_study
 
 
-def test_the_experiments_of_the_issue_are_there():
+def test_the_experiments_are_there():
     found = set(shipped())
     assert {"two_phases", "conservation", "diabetes"} <= found
     assert {"discretization", "sgd_vs_sde", "noise_gallery", "exact", "momentum"} <= found
+    assert {"slow_flow", "rectangular", "flattest", "real_data_slow"} <= found
     assert all(titles().values())
 
 
