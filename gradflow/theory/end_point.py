@@ -105,7 +105,7 @@ def slow_end(
         del t, args
         return velocity(at)
 
-    force = _force(problem, weights, step_size, momentum, finite_step)
+    force = driving_force(problem, weights, step_size, momentum, finite_step)
     own_time = _norm(weights) / force
 
     def goes_on(path: _Path) -> Bool[Array, ""]:
@@ -215,7 +215,7 @@ class _Path(eqx.Module):
         return jnp.where(self.half > 0.0, jnp.log(jnp.maximum(ratio, 1e-300)), jnp.inf)
 
 
-def _force(
+def driving_force(
     problem: Problem,
     weights: Weights,
     step_size: ArrayLike,

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.manifold import retract
 from gradflow.problem import Problem
-from gradflow.theory.end_point import ATOL, RTOL, STILL, _force
+from gradflow.theory.end_point import ATOL, RTOL, STILL, driving_force
 from gradflow.theory.slow_drift import slow_drift
 from gradflow.types import Scalar, Weights
 
@@ -50,7 +50,7 @@ def slow_point(
         options: dict[str, Any] = {"finite_step": finite_step, "decay": decay}
         return slow_drift(problem, retract(at, loss), step_size, momentum, **options)
 
-    force = _force(problem, weights, step_size, momentum, finite_step)
+    force = driving_force(problem, weights, step_size, momentum, finite_step)
 
     def ended(t: Any, y: Weights, args: None, **kwargs: Any) -> Bool[Array, ""]:
         del args, kwargs
