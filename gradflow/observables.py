@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -18,7 +17,7 @@ from gradflow.dynamics.modified_flow import ModifiedFlow, modified_drift
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.dynamics.stochastic_flow import StochasticFlow
 from gradflow.dynamics.svag import SVAG
-from gradflow.geometry.base import OutputLoss, output_loss
+from gradflow.geometry.bounds import sharpness_bound
 from gradflow.geometry.curvature import (
     hessian_block_traces,
     hessian_trace,
@@ -37,10 +36,7 @@ from gradflow.theory.floor import (
     weight_decay_plateau,
 )
 from gradflow.theory.noise import check_outside
-from gradflow.types import Scalar, Weights
-
-BISECTIONS = 80
-"""Halvings of the bracket in which the flattest minimum is looked for, down to rounding."""
+from gradflow.types import Weights
 
 
 class Observable(eqx.Module):
@@ -193,44 +189,7 @@ def _minima_sharpness(net: DeepLinear, problem: Problem, dynamics: AbstractDynam
 
 
 def _sharpness_ratio(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
-    return _minima_sharpness(net, problem, dynamics) / least_sharpness(
-        output_loss(problem), net.depth
-    )
-
-
-def least_sharpness(loss: OutputLoss, depth: int) -> Scalar:
-    r"""The sharpness of the flattest minimum, as a function that can be compiled.
-
-    $$\min_{t > 0} t^{1 - 1/N}\, \lambda_{\max}(S + (N-1)\, Q / t), \qquad
-      Q = S^{1/2} T^\top T S^{1/2},$$
-
-    convex in $\log t$, so it is found by bisection on the slope
-    $v^\top S v - v^\top Q v / t$, with $v$ the top eigenvector. 0 for a target that is zero.
-
-    **Source:** `gradflow.geometry.flattest_minimum`, which also builds the network.
-    """
-    if depth == 1:
-        return jnp.linalg.eigvalsh(loss.s)[-1]
-    product = loss.target @ loss.root
-    q, share = product.T @ product, depth - 1
-    has_target = jnp.any(q != 0.0)
-    q = jnp.where(has_target, q, loss.s)
-
-    def halve(_: Any, bracket: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
-        low, high = bracket
-        middle = 0.5 * (low + high)
-        t = jnp.exp(middle)
-        v = jnp.linalg.eigh(loss.s + share / t * q)[1][:, -1]
-        rises = v @ loss.s @ v > v @ q @ v / t
-        return jnp.where(rises, low, middle), jnp.where(rises, middle, high)
-
-    # t = v'Qv / v'Sv at the minimum, between these two because v is the top.
-    top_s, top_q = jnp.linalg.eigvalsh(loss.s)[-1], jnp.linalg.eigvalsh(q)[-1]
-    most = jnp.where(has_target, jnp.linalg.norm(loss.target, 2) ** 2, 1.0)
-    start = jnp.log(top_q / top_s * share / depth) - 1e-6, jnp.log(most) + 1e-6
-    t = jnp.exp(jax.lax.fori_loop(0, BISECTIONS, halve, start)[1])
-    value = t ** (1.0 - 1.0 / depth) * jnp.linalg.eigvalsh(loss.s + share / t * q)[-1]
-    return jnp.where(has_target, value, 0.0)
+    return _minima_sharpness(net, problem, dynamics) / sharpness_bound(problem, net.depth)
 
 
 BUILT_IN: dict[str, Observable] = {

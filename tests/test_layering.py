@@ -89,6 +89,8 @@ ORDERED: dict[str, tuple[str, ...]] = {
     ),
     "theory": (
         "noise",
+        "layer_numbers",
+        "row_moments",
         "layer_noise",
         "stationary",
         "floor",
@@ -102,6 +104,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
     "analysis": (
         "statistics",
         "boundary",
+        "noise_free_run",
         "prediction",
         "predict",
         "rates",

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
 
+from gradflow.analysis.boundary import first_crossing
+from gradflow.analysis.noise_free_run import noise_free_run, nonzero_spectrum
 from gradflow.analysis.prediction import Prediction, RateLaw, Theory
 from gradflow.data import Regression
 from gradflow.dynamics import (
@@ -22,7 +24,7 @@ from gradflow.dynamics import (
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.settings import Decay
 from gradflow.geometry.base import output_loss
-from gradflow.geometry.curvature import kernel_of_root, minima_spectrum, smallest_positive
+from gradflow.geometry.curvature import kernel_of_root, smallest_positive
 from gradflow.geometry.imbalance import imbalance, squared_norms
 from gradflow.geometry.manifold import is_on_manifold, retract
 from gradflow.loss import push_forward
@@ -30,7 +32,6 @@ from gradflow.network import DeepLinear
 from gradflow.observables import check_plain, theory_options
 from gradflow.problem import Problem
 from gradflow.regularizers.averaged import averaged_gradient
-from gradflow.simulate import simulate
 from gradflow.theory.drift import flow_imbalance_drift, imbalance_drift
 from gradflow.theory.floor import total_decay
 from gradflow.theory.slow_drift import slow_drift
@@ -38,21 +39,6 @@ from gradflow.theory.spread import fluctuation_share
 from gradflow.theory.stationary import stationary_covariance
 from gradflow.trajectory import Trajectory
 from gradflow.types import Scalar, Weights
-
-CONVERGED = 1e-12
-"""Excess loss, relative to its start, at which a noise-free run counts as having converged."""
-
-FIRST_LENGTH = 20.0
-"""First attempt at a length of the optimization phase, in units of its slowest time scale."""
-
-ATTEMPTS = 12
-"""Each attempt is four times as long as the one before; saddle plateaus need the later ones."""
-
-POINTS = 801
-"""Saved points of the noise-free run in which the end of the optimization phase is located."""
-
-MOST_STEPS = 4_000_000
-"""Steps of gradient descent after which a noise-free run is given up."""
 
 STILL = 1e-12
 """Rate of the imbalance, relative to that of the residual, that is rounding."""
@@ -194,9 +180,9 @@ class _Run:
         """The optimization phase without noise and penalties."""
         data = self.problem.data
         moments = Regression.from_moments(self.problem.input_moment, data.syx, data.syy)
-        path = _noise_free(Problem(moments), self.net, mover)
+        path = noise_free_run(Problem(moments), self.net, mover)
         limit = DeepLinear(_landed(path.network(-1).weights, self.problem))
-        spectrum = np.asarray(_spectrum(limit, self.problem.input_moment))
+        spectrum = np.asarray(nonzero_spectrum(limit, self.problem.input_moment))
         return _Start(path, limit, spectrum, mover if isinstance(mover, GradientDescent) else None)
 
     def law(self, theory: Theory, start: _Start, exact: bool = False) -> RateLaw:
@@ -214,10 +200,10 @@ class _Run:
         )
         floor, end = float(found.plateau + found.noise_floor), float("nan")
         if self.random:
-            end = _crossing(start.path.time, start.path["excess_loss"], self.eps * floor)
+            end = _crossing(start.path, "excess_loss", self.eps * floor)
         elif self.pulled:
             level = self.eps * float(found.residual)
-            end = _crossing(start.path.time, start.path["gradient_at_output"], level)
+            end = _crossing(start.path, "gradient_at_output", level)
 
         rate = _optimization_rate(start.spectrum, start.training)
         distance, drift = float(imbalance(start.limit)), float(found.drift)
@@ -323,7 +309,6 @@ def _summary(
 # Formulas at a minimum, compiled
 
 
-_spectrum = eqx.filter_jit(minima_spectrum)
 _imbalance_drift = eqx.filter_jit(imbalance_drift)
 
 
@@ -441,58 +426,9 @@ def _optimization_rate(spectrum: np.ndarray, training: GradientDescent | None) -
         return float(-np.log(factors.max()) / h)
 
 
-# The optimization phase
-
-
-def _output_gradient_norm(net: DeepLinear, problem: Problem):
-    """$|M|$, the norm of the end-to-end gradient."""
-    return jnp.linalg.norm(net.end_to_end @ problem.data.sxx - problem.data.syx)
-
-
-def _noise_free(
-    clean: Problem, net: DeepLinear, mover: GradientDescent | GradientFlow
-) -> Trajectory:
-    """The noise-free run from `net` until it has converged."""
-    watched = {
-        "excess_loss": None,
-        "gradient_at_output": _output_gradient_norm,
-    }
-    h = 0.0 if mover.step_size is None else float(mover.step_size)
-    slowest = float(smallest_positive(_spectrum(net, clean.data.sxx)))
-    length = FIRST_LENGTH / max(slowest, 1e-12)
-    excess = np.full(1, np.nan)
-    for _ in range(ATTEMPTS):
-        if h and length / h > MOST_STEPS:
-            length = MOST_STEPS * h
-        run = simulate(
-            clean, net, mover, t1=length, save=POINTS, observables=watched, progress=False
-        )
-        excess = run["excess_loss"]
-        if not np.all(np.isfinite(excess)):
-            raise ValueError(
-                f"dynamics: noise-free training from this start diverges at t = {length:.3g}; use "
-                "a smaller step size."
-            )
-        if excess[-1] <= CONVERGED * max(excess[0], CONVERGED):
-            return run
-        if h and length >= MOST_STEPS * h:
-            break
-        length *= 4.0
-    raise ValueError(
-        f"net: noise-free training has not reached a minimum by t = {length:.3g} (excess loss "
-        f"{excess[-1]:.3g}, from {excess[0]:.3g}); it may sit at a saddle, or hidden layers may "
-        "be narrower than the rank of the target. Start elsewhere."
-    )
-
-
-def _crossing(time: np.ndarray, values: np.ndarray, level: float) -> float:
-    """First time at which `values` falls to `level`, interpolated in its logarithm."""
-    below = np.nonzero(values <= level)[0]
-    if below.size == 0 or level <= 0.0:
+def _crossing(path: Trajectory, name: str, level: float) -> float:
+    """First time at which an observable of a run falls to `level`; NaN if it does not."""
+    if level <= 0.0:
         return float("nan")
-    k = int(below[0])
-    if k == 0:
-        return 0.0
-    upper, lower = np.log(values[k - 1]), np.log(max(values[k], np.finfo(float).tiny))
-    share = (upper - np.log(level)) / (upper - lower)
-    return float(time[k - 1] + share * (time[k] - time[k - 1]))
+    times, _ = first_crossing(path.time, np.asarray(path[name])[None] / level, 1.0)
+    return float(times[0])

@@ -24,7 +24,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from gradflow.data import Regression
-from gradflow.geometry.base import output_loss
+from gradflow.geometry.base import OutputLoss, output_loss
 from gradflow.geometry.curvature import check_minima
 from gradflow.problem import Problem
 from gradflow.types import EndToEnd, Scalar
@@ -68,18 +68,27 @@ def sharpness_bound(data: Regression | Problem, depth: int) -> Scalar:
     check_minima(data, "sharpness_bound", INSTEAD)
     if depth < 1:
         raise ValueError(f"depth must be at least 1; got {depth}.")
-    loss = output_loss(data)
+    return least_sharpness(output_loss(data), depth)[0]
+
+
+def least_sharpness(loss: OutputLoss, depth: int) -> tuple[Scalar, Scalar]:
+    r"""The least sharpness of a minimum, and the ratio $t$ of $Q$ to $S$ at which it is attained.
+
+    $$\min_{t > 0} t^{1-1/N}\, \lambda_{\max}(S + (N-1)\, Q / t), \qquad t = a^{N/(N-1)},$$
+
+    the problem of `sharpness_bound`. With the top eigenvector $v$ its slope in $\log t$ has the
+    sign of $v^\top S v - v^\top Q v / t$, and rises. A zero target gives 0, and $t = 1$.
+    """
     s = loss.root @ loss.root
     top_s = jnp.linalg.norm(loss.root, 2) ** 2
     if depth == 1:
-        return top_s
+        return top_s, jnp.ones_like(top_s)
     product = loss.target @ loss.root
     q = product.T @ product
     top_q, top_t = jnp.linalg.norm(product, 2) ** 2, jnp.linalg.norm(loss.target, 2) ** 2
     zero = top_q <= 0.0
-    # With t = a^{N/(N-1)} the matrix is t^{1-1/N} (S + (N-1) Q/t). Its top eigenvector v has
-    # v'Qv <= |T|^2 v'Sv, so the slope in t is not negative at |T|^2; nor is it positive below
-    # (1 - 1/N) |Q|/|S|, because v'Qv >= |Q| - t |S| / (N-1).
+    # v'Qv <= |T|^2 v'Sv, so the slope is not negative at t = |T|^2; nor is it positive below
+    # (1 - 1/N) |Q|/|S|, because v'Qv >= |Q| - t |S| / (N-1) for the top eigenvector.
     least = jnp.where(zero, 1.0, (1.0 - 1.0 / depth) * top_q / top_s)
     largest = jnp.where(zero, 1.0, top_t)
 
@@ -94,7 +103,7 @@ def sharpness_bound(data: Regression | Problem, depth: int) -> Scalar:
     below, above = jax.lax.fori_loop(0, HALVINGS, halve, ends)
     t = jnp.exp(0.5 * (below + above))
     value = t ** (1.0 - 1.0 / depth) * jnp.linalg.eigvalsh(s + (depth - 1) / t * q)[-1]
-    return jnp.where(zero, 0.0, value)
+    return jnp.where(zero, 0.0, value), jnp.where(zero, 1.0, t)
 
 
 def trace_bound(data: Regression | Problem, widths: Sequence[int]) -> Scalar:

@@ -25,10 +25,10 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
-from scipy.optimize import root_scalar
 
 from gradflow.data import Regression
 from gradflow.geometry.base import OutputLoss, output_loss
+from gradflow.geometry.bounds import least_sharpness
 from gradflow.geometry.curvature import kernel_of_root
 from gradflow.geometry.manifold import is_on_manifold, matched_loss, retract
 from gradflow.network import DeepLinear, left_products, right_products
@@ -39,6 +39,8 @@ Flatness: TypeAlias = Literal["sharpness", "trace"]
 """What is to be small: the largest eigenvalue of the Hessian or its trace."""
 
 Matrix: TypeAlias = Float[np.ndarray, "_ _"]
+
+_least_sharpness = eqx.filter_jit(least_sharpness)
 
 MOST_SWEEPS = 500
 """Sweeps over the hidden layers in which a network is rotated towards another."""
@@ -228,7 +230,8 @@ def _flattest_factors(
         value = float(depth * top_s ** (1 / depth) * sigma[0] ** (2 - 2 / depth))
         how = "closed form: whitened inputs, balanced layers"
         return np.full(depth, 1 / depth), _lifted(1 / top_s, depth), value, value, how
-    ratio, value, bound = _least_sharpness(root, loss, depth)
+    value, ratio = (float(x) for x in _least_sharpness(loss, depth))
+    bound = _proved_bound(root, loss, depth, ratio)
     how = "closed form up to a convex problem in one number: isometries above the first layer"
     return np.array([1.0, *inner, 0.0]), _lifted(ratio, depth), value, bound, how
 
@@ -239,13 +242,12 @@ def _lifted(ratio: float, depth: int) -> Float[np.ndarray, " depth"]:
     return np.array([above ** (1 - depth), *np.full(depth - 1, above)])
 
 
-def _least_sharpness(root: Matrix, loss: OutputLoss, depth: int) -> tuple[float, float, float]:
-    r"""Minimise $\lambda_{\max}(a S + (N-1) a^{-1/(N-1)} Q)$: $t = a^{N/(N-1)}$, value, bound.
+def _proved_bound(root: Matrix, loss: OutputLoss, depth: int, t: float) -> float:
+    r"""$N\, \mathrm{tr}(S \rho)^{1/N}\, \mathrm{tr}(Q \rho)^{1 - 1/N}$, the dual problem's value.
 
-    Up to a factor the matrix is $S + (N-1) Q/t$. With its top eigenvector $v$ the slope in $a$ has
-    the sign of $v^\top S v - v^\top Q v / t$, which rises with $a$ and may jump through zero where
-    two branches cross. The mixture of the vectors just below and just above the root that has slope
-    zero is the $\rho$ of the lower bound.
+    At the root $t$ of the slope $v^\top S v - v^\top Q v / t$ two branches may cross, and the slope
+    jump through zero: $\rho$ is the mixture of the top eigenvectors just below and just above at
+    which it is zero.
     """
     s = root @ root
     product = np.asarray(loss.target, np.float64) @ root
@@ -255,23 +257,11 @@ def _least_sharpness(root: Matrix, loss: OutputLoss, depth: int) -> tuple[float,
         v = np.linalg.eigh(s + (depth - 1) / t * q)[1][:, -1]
         return np.array([v @ s @ v, v @ q @ v])
 
-    def slope(log_t: float) -> float:
-        of_s, of_q = moments(np.exp(log_t))
-        return of_s - of_q * np.exp(-log_t)
-
-    # v'Qv <= |T|^2 v'Sv, and v'Qv >= |Q| - t |S| / (N-1) because v is the top.
-    largest = np.linalg.norm(np.asarray(loss.target, np.float64), 2) ** 2
-    least = np.linalg.norm(q, 2) / np.linalg.norm(s, 2) * (depth - 1) / depth
-    bracket = (float(np.log(least) - 1e-6), float(np.log(largest) + 1e-6))
-    log_t = float(root_scalar(slope, method="bisect", bracket=bracket, xtol=1e-15, rtol=1e-15).root)
-    t = float(np.exp(log_t))
-    a = t ** (1 - 1 / depth)
-    value = float(a * np.linalg.eigvalsh(s + (depth - 1) / t * q)[-1])
     below, above = moments(t * (1 - 1e-8)), moments(t * (1 + 1e-8))
     falls, rises = below[0] - below[1] / t, above[0] - above[1] / t
     share = np.clip(falls / (falls - rises), 0.0, 1.0) if falls < rises else 0.5
     of_s, of_q = (1 - share) * below + share * above
-    return t, value, float(depth * of_s ** (1 / depth) * of_q ** (1 - 1 / depth))
+    return float(depth * of_s ** (1 / depth) * of_q ** (1 - 1 / depth))
 
 
 def _factors(loss: OutputLoss, sizes: tuple[int, ...]) -> tuple[Matrix, np.ndarray, Matrix]:

@@ -42,11 +42,8 @@ covariance by $v\, \mathrm{Cov}(\rho)$: of second order, left out. Given $\rho$ 
 part linear in $\zeta$ has mean 0, so that it is not correlated with $\rho$.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -54,67 +51,19 @@ from jaxtyping import Array, Float
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.manifold import tangent
 from gradflow.loss import pull_back
-from gradflow.network import end_to_end, left_products, right_products, widths_of
+from gradflow.network import left_products, right_products
 from gradflow.problem import Problem
 from gradflow.regularizers.averaged import layer_noises
 from gradflow.regularizers.base import (
     AbstractActivationNoise,
-    AbstractBatch,
-    AbstractDataNoise,
     AbstractLayerNoise,
     AbstractWeightNoise,
-    NoiseMoments,
 )
 from gradflow.regularizers.diffusion import data_sources
-from gradflow.regularizers.drop_connect import DropConnect
-from gradflow.regularizers.dropout import Dropout
-from gradflow.regularizers.label_noise import LabelNoise
+from gradflow.theory.layer_numbers import Numbers, is_mask, numbers_of, unit_matrices
 from gradflow.theory.noise import gradient_noise_variances
+from gradflow.theory.row_moments import data_columns, moment_columns
 from gradflow.types import EndToEnd, Weights
-
-
-class Numbers(NamedTuple):
-    r"""The random numbers of one mechanism.
-
-    - `variances`: $v_u$.
-    - `directions`: $W \mapsto (d_u(W))_u$, `(d_N, d_0, numbers)`.
-    - `is_mask`: $\kappa$.
-    """
-
-    variances: Float[Array, " numbers"]
-    directions: Callable[[Weights], Array]
-    is_mask: bool
-
-    def shifted(
-        self, weights: Weights, w: Float[Array, "D d_in columns"]
-    ) -> Float[Array, "d_out d_in numbers columns"]:
-        r"""$d_u \hat S$ of each $w = (\hat M, \hat S)$."""
-        s = w[weights[-1].shape[0] :]
-        return jnp.einsum("oju,jic->oiuc", self.directions(weights), s)
-
-    def residual(
-        self, weights: Weights, w: Float[Array, "D d_in columns"]
-    ) -> Float[Array, "d_out d_in _ columns"]:
-        r"""$\hat M - \kappa\, d_u \hat S$ of each $w$; one for all numbers if $\kappa = 0$."""
-        m = w[: weights[-1].shape[0], :, None]
-        return m - self.shifted(weights, w) if self.is_mask else m
-
-    def pulled(self, weights: Weights, m: Float[Array, "d_out d_in numbers"]) -> Weights:
-        r"""$\sum_u \nabla_W \langle d_u, M_u \rangle$."""
-        return jax.vjp(self.directions, weights)[1](m)[0]
-
-    def bends(
-        self, weights: Weights, root: Float[Array, "d_in d_in"]
-    ) -> Float[Array, "outputs d_out d_in numbers"]:
-        r"""$\tilde J\, \nabla_W \langle d_u, M \rangle$, by component: what multiplies $M$.
-
-        The derivatives of the directions along the normals $\tilde J^\top e_a$.
-        """
-
-        def along(unit: EndToEnd) -> Float[Array, "d_out d_in numbers"]:
-            return jax.jvp(self.directions, (weights,), (pull_back(weights, unit @ root),))[1]
-
-        return jax.vmap(along)(_unit_matrices(weights))
 
 
 def perturbation_covariance(problem: Problem, weights: Weights) -> Float[Array, "outputs outputs"]:
@@ -217,7 +166,7 @@ def layer_noise_cross(
     def turn(answer: EndToEnd, along: Weights) -> Weights:
         return jax.jvp(lambda w: pull_back(w, answer @ root), (weights,), (along,))[1]
 
-    answers = response.T.reshape(_unit_matrices(weights).shape)
+    answers = response.T.reshape(unit_matrices(weights).shape)
     each = jax.vmap(turn)(answers, tangential_normal_covariance(problem, weights))
     return tuple(jnp.sum(g, axis=0) for g in each)
 
@@ -228,7 +177,7 @@ def tangential_normal_covariance(problem: Problem, weights: Weights) -> Weights:
     **Raises:** `ValueError` for a noise that cannot act on a network of this depth.
     """
     root, levels = problem.noisy_root, gradient_noise_variances(problem, len(weights))
-    normals = jax.vmap(lambda m: pull_back(weights, m @ root))(_unit_matrices(weights))
+    normals = jax.vmap(lambda m: pull_back(weights, m @ root))(unit_matrices(weights))
     total = tuple(v * n for v, n in zip(levels, normals, strict=True))
     carry, data = _carry(weights, root), data_columns(problem, weights)
     for r in layer_noises(problem.regularizers, len(weights)):
@@ -246,173 +195,6 @@ def tangential_normal_covariance(problem: Problem, weights: Weights) -> Weights:
     return jax.vmap(lambda t: tangent(weights, t, output_loss(problem)))(total)
 
 
-# The mechanisms
-
-
-def is_mask(noise: AbstractLayerNoise) -> bool:
-    r"""$\kappa$: whether the noise drops units or entries, where it could move them a little."""
-    return isinstance(noise, DropConnect) or (
-        isinstance(noise, Dropout) and noise.kind == "bernoulli"
-    )
-
-
-def numbers_of(noise: AbstractLayerNoise, weights: Weights) -> Numbers:
-    """The factors of the hidden units or the entries of the layers, layer by layer, row-major."""
-    depth = len(weights)
-    if isinstance(noise, AbstractActivationNoise):
-        variances = [
-            jnp.full((width,), noise.activation_variance(layer, depth))
-            for layer, width in enumerate(widths_of(weights)[1:-1], start=1)
-        ]
-        return Numbers(jnp.concatenate(variances), unit_directions, is_mask(noise))
-    if not isinstance(noise, AbstractWeightNoise):
-        raise TypeError(f"noise: {type(noise).__name__} acts neither on units nor on weights.")
-    masks, variances = is_mask(noise), []
-    for layer, w in enumerate(weights, start=1):
-        at, zero = jnp.ones_like(w) if masks else w, jnp.zeros_like(w)
-        variances.append(noise.weight_variance(layer, depth, at, zero).ravel())
-    directions = factor_directions if masks else entry_directions
-    return Numbers(jnp.concatenate(variances), directions, masks)
-
-
-def unit_directions(weights: Weights) -> Float[Array, "d_out d_in units"]:
-    r"""$A_l[:, u]\, B_{l+1}[u, :]$ of every hidden unit: $dP$ by its factor."""
-    lefts, rights = left_products(weights)[:-1], right_products(weights)[1:]
-    pieces = [jnp.einsum("ou,ui->oiu", a, b) for a, b in zip(lefts, rights, strict=True)]
-    return jnp.concatenate(pieces, axis=-1)
-
-
-def entry_directions(weights: Weights) -> Float[Array, "d_out d_in parameters"]:
-    r"""$A_l[:, j]\, B_l[k, :]$ of every entry of the layers: $dP$ by the entry."""
-    pieces = [
-        jnp.einsum("oj,ki->oijk", a, b).reshape(a.shape[0], b.shape[1], -1)
-        for a, b in zip(left_products(weights), right_products(weights), strict=True)
-    ]
-    return jnp.concatenate(pieces, axis=-1)
-
-
-def factor_directions(weights: Weights) -> Float[Array, "d_out d_in parameters"]:
-    r"""$dP$ by a factor of every entry of the layers."""
-    return entry_directions(weights) * jnp.concatenate([w.ravel() for w in weights])
-
-
-# The data
-
-
-def moment_columns(
-    noise: AbstractLayerNoise, problem: Problem, weights: Weights
-) -> Float[Array, "D d_in columns"]:
-    r"""$(w_c)$ with $\sum_c w_c w_c^\top$ the second moment of the $w$ that a number sees.
-
-    $D = d_N + d_0$. Factors of units see one of the rows of a batch, whose share is a mean.
-    """
-    if isinstance(noise, AbstractActivationNoise):
-        return _root(fourth_moments(problem, weights) / problem.batch)
-    nothing = jnp.zeros((problem.data.d_out, problem.data.d_in), weights[0].dtype)
-    mean = jnp.concatenate([nothing, problem.input_moment])[..., None]
-    data = data_columns(problem, weights)
-    return mean if data is None else jnp.concatenate([mean, data], axis=-1)
-
-
-def data_columns(problem: Problem, weights: Weights) -> Float[Array, "D d_in columns"] | None:
-    r"""$(w_c)$ with $\sum_c w_c w_c^\top$ the covariance of $w$ in one step; None without any.
-
-    $\hat S$ is how $\hat M$ depends on $P$.
-
-    **Raises:** `ValueError` for `Minibatch(reshuffled=True)`, whose steps are correlated in time.
-    """
-    sources = data_sources(problem.regularizers)
-    if not sources:
-        return None
-    data, moments = problem.data, problem.noise_moments(weights)
-    units = _unit_matrices(weights)
-
-    def columns(p: EndToEnd) -> Float[Array, "outputs columns"]:
-        at = eqx.tree_at(lambda m: (m.p, m.m), moments, (p, p @ data.sxx - data.syx))
-        return jnp.concatenate([_columns(r, at, units) for r in sources], axis=1)
-
-    def input_row(unit: EndToEnd) -> Float[Array, "d_in columns"]:
-        return jax.jvp(columns, (moments.p,), (unit,))[1][: data.d_in]
-
-    of_m = columns(moments.p).reshape(data.d_out, data.d_in, -1)
-    of_s = jax.vmap(input_row)(units[: data.d_in])  # the first output
-    return compressed(jnp.concatenate([of_m, of_s]))
-
-
-def compressed(columns: Float[Array, "D d_in _"]) -> Float[Array, "D d_in _"]:
-    """At most `D d_in` columns with the same sum of squares."""
-    if columns.shape[-1] <= columns.shape[0] * columns.shape[1]:
-        return columns
-    return _root(jnp.einsum("mic,njc->minj", columns, columns))
-
-
-def _root(moments: Float[Array, "D d_in D d_in"]) -> Float[Array, "D d_in columns"]:
-    """A Cholesky factor, of the moments plus rounding errors of the identity: they may be singular.
-
-    An eigendecomposition needs no such shift, but takes a hundred times as long.
-    """
-    size = moments.shape[0] * moments.shape[1]
-    matrix = moments.reshape(size, size)
-    scale = jnp.trace(matrix)
-    shift = 10.0 * size * jnp.finfo(matrix.dtype).eps * scale
-    identity = jnp.eye(size, dtype=matrix.dtype)
-    safe = jnp.where(scale > 0.0, matrix + shift * identity, identity)
-    root = jnp.where(scale > 0.0, jnp.linalg.cholesky(safe), 0.0)
-    return root.reshape(*moments.shape[:2], size)
-
-
-def _columns(
-    source: AbstractBatch | AbstractDataNoise,
-    moments: NoiseMoments,
-    units: Float[Array, "outputs d_out d_in"],
-) -> Float[Array, "outputs columns"]:
-    """The factor of one noise as a matrix, by rows: there may be a normal for every sample."""
-    at = jnp.zeros(source.normal_shape(moments.data), moments.p.dtype)
-    _, back = jax.vjp(lambda normals: source.increment(moments, normals), at)
-    return jax.vmap(lambda unit: back(unit)[0].ravel())(units)
-
-
-def fourth_moments(problem: Problem, weights: Weights) -> Float[Array, "D d_in D d_in"]:
-    r"""$E[u_m x_i\, u_n x_j]$ with $u = (e, x)$ for one row of a step, `(D, d_0, D, d_0)`.
-
-    $D = d_N + d_0$. With the second moments $V$ of $u$ a Gaussian has
-    $V_{mi} V_{nj} + V_{mn} V_{ij} + V_{mj} V_{in}$ (Isserlis). Rows $u_k$ with Gaussian noise on
-    them have this of $V$ with the noise, plus $E_k[u_k x_k u_k x_k]$ less this of $V$ without it.
-    """
-    data = problem.data
-    total = _isserlis(row_moments(problem, weights), data.d_in)
-    if data.x is None or data.y is None:
-        return total
-    u = jnp.concatenate([data.x @ end_to_end(weights).T - data.y, data.x], axis=1)
-    rows = (u[:, :, None] * data.x[:, None, :]).reshape(data.x.shape[0], -1)
-    of_rows = (rows.T @ rows / data.x.shape[0]).reshape(total.shape)
-    return total + of_rows - _isserlis(row_moments(problem, weights, noisy=False), data.d_in)
-
-
-def row_moments(problem: Problem, weights: Weights, noisy: bool = True) -> Float[Array, "D D"]:
-    r"""Second moments of $(e, x)$ for one row of a step, with the noise on inputs and labels."""
-    data, p = problem.data, end_to_end(weights)
-    off = p - data.best_map
-    errors = off @ data.sxx @ off.T + data.residual_sqrt @ data.residual_sqrt
-    cross = p @ data.sxx - data.syx
-    clean = jnp.block([[errors, cross], [cross.T, data.sxx]])
-    if not noisy:
-        return clean
-    labels = sum(r.std**2 for r in problem.data_noise if isinstance(r, LabelNoise))
-    moved = jnp.concatenate([p, jnp.eye(data.d_in, dtype=p.dtype)])
-    of_labels = jnp.pad(labels * jnp.eye(data.d_out, dtype=p.dtype), (0, data.d_in))
-    return clean + problem.input_variance * (moved @ moved.T) + of_labels
-
-
-def _isserlis(v: Float[Array, "D D"], d_in: int) -> Float[Array, "D d_in D d_in"]:
-    mixed, inner = v[:, -d_in:], v[-d_in:, -d_in:]
-    return (
-        jnp.einsum("mi,nj->minj", mixed, mixed)
-        + jnp.einsum("mn,ij->minj", v, inner)
-        + jnp.einsum("mj,ni->minj", mixed, mixed)
-    )
-
-
 # How both reach the end-to-end matrix
 
 
@@ -428,7 +210,7 @@ def _carry(weights: Weights, root: Float[Array, "d_in d_in"]) -> Float[Array, "o
         jnp.kron(a @ a.T, root @ (b.T @ b))
         for a, b in zip(left_products(weights), right_products(weights), strict=True)
     ]
-    return jnp.sum(jnp.stack(blocks), axis=0).reshape(_unit_matrices(weights).shape)
+    return jnp.sum(jnp.stack(blocks), axis=0).reshape(unit_matrices(weights).shape)
 
 
 def _pushed(
@@ -452,8 +234,3 @@ def _bent(
     if numbers.is_mask:
         return jnp.einsum("aoiu,oiuc->auc", bends, m)
     return jnp.einsum("aoiu,oic->auc", bends, m[:, :, 0])
-
-
-def _unit_matrices(weights: Weights) -> Float[Array, "outputs d_out d_in"]:
-    d_out, d_in = weights[-1].shape[0], weights[0].shape[1]
-    return jnp.eye(d_out * d_in, dtype=weights[0].dtype).reshape(-1, d_out, d_in)

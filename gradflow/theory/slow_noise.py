@@ -29,15 +29,9 @@ from gradflow.regularizers.base import (
     AbstractRegularizer,
 )
 from gradflow.regularizers.diffusion import data_sources
-from gradflow.theory.layer_noise import (
-    compressed,
-    data_columns,
-    is_mask,
-    moment_columns,
-    numbers_of,
-    row_moments,
-)
+from gradflow.theory.layer_numbers import is_mask, numbers_of
 from gradflow.theory.noise import gradient_noise_variances
+from gradflow.theory.row_moments import compressed, data_columns, moment_columns, row_moments
 from gradflow.types import Weights
 
 NEGLIGIBLE = 1e-26

@@ -1,0 +1,70 @@
+"""The optimization phase by itself: a run without noise and penalties, until it has converged."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from gradflow.dynamics import GradientDescent, GradientFlow
+from gradflow.geometry.curvature import minima_spectrum, smallest_positive
+from gradflow.network import DeepLinear
+from gradflow.problem import Problem
+from gradflow.simulate import simulate
+from gradflow.trajectory import Trajectory
+
+CONVERGED = 1e-12
+"""Excess loss, relative to its start, at which a noise-free run counts as having converged."""
+
+FIRST_LENGTH = 20.0
+"""First attempt at a length of the optimization phase, in units of its slowest time scale."""
+
+ATTEMPTS = 12
+"""Each attempt is four times as long as the one before; saddle plateaus need the later ones."""
+
+POINTS = 801
+"""Saved points of the noise-free run in which the end of the optimization phase is located."""
+
+MOST_STEPS = 4_000_000
+"""Steps of gradient descent after which a noise-free run is given up."""
+
+nonzero_spectrum = eqx.filter_jit(minima_spectrum)
+
+
+def _output_gradient_norm(net: DeepLinear, problem: Problem):
+    """$|M|$, the norm of the end-to-end gradient."""
+    return jnp.linalg.norm(net.end_to_end @ problem.data.sxx - problem.data.syx)
+
+
+def noise_free_run(
+    clean: Problem, net: DeepLinear, mover: GradientDescent | GradientFlow
+) -> Trajectory:
+    """The noise-free run from `net` until it has converged."""
+    watched = {
+        "excess_loss": None,
+        "gradient_at_output": _output_gradient_norm,
+    }
+    h = 0.0 if mover.step_size is None else float(mover.step_size)
+    slowest = float(smallest_positive(nonzero_spectrum(net, clean.data.sxx)))
+    length = FIRST_LENGTH / max(slowest, 1e-12)
+    excess = np.full(1, np.nan)
+    for _ in range(ATTEMPTS):
+        if h and length / h > MOST_STEPS:
+            length = MOST_STEPS * h
+        run = simulate(
+            clean, net, mover, t1=length, save=POINTS, observables=watched, progress=False
+        )
+        excess = run["excess_loss"]
+        if not np.all(np.isfinite(excess)):
+            raise ValueError(
+                f"dynamics: noise-free training from this start diverges at t = {length:.3g}; use "
+                "a smaller step size."
+            )
+        if excess[-1] <= CONVERGED * max(excess[0], CONVERGED):
+            return run
+        if h and length >= MOST_STEPS * h:
+            break
+        length *= 4.0
+    raise ValueError(
+        f"net: noise-free training has not reached a minimum by t = {length:.3g} (excess loss "
+        f"{excess[-1]:.3g}, from {excess[0]:.3g}); it may sit at a saddle, or hidden layers may "
+        "be narrower than the rank of the target. Start elsewhere."
+    )
