@@ -8,6 +8,9 @@ loss against an integration to near rounding, and of the entries of every G_i, w
 
 from collections.abc import Callable
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 from agreement import same_values
 from contest import Contestant, contest
@@ -55,9 +58,24 @@ def own_solve(case: FlowCase, flow: gf.GradientFlow) -> Callable[[], np.ndarray]
     return run
 
 
+def own_core(case: FlowCase, flow: gf.GradientFlow) -> Callable[[], np.ndarray]:
+    """`GradientFlow.solve`, compiled, as inside a sweep; gives `(SAVES, weights)`."""
+    problem = gf.Problem(gf.Regression.whitened(case.target))
+    net = gf.DeepLinear(list(case.layers))
+    solve = eqx.filter_jit(flow.solve)
+    times = jnp.asarray(case.times)
+
+    def run() -> np.ndarray:
+        layers = jax.device_get(solve(problem, net, times))
+        return np.concatenate([w.reshape(SAVES, -1) for w in layers], axis=1)
+
+    return run
+
+
 def solves(name: str, case: FlowCase) -> dict[str, Callable[[], np.ndarray]]:
     """Everybody who takes part in a case."""
-    found = {"gradflow": own_solve(case, gf.GradientFlow(RTOL, ATOL))}
+    flow = gf.GradientFlow(RTOL, ATOL)
+    found = {"gradflow": own_solve(case, flow), "gradflow, compiled solve": own_core(case, flow)}
     if name in STIFF:
         found["gradflow, stiff"] = own_solve(case, gf.GradientFlow(RTOL, ATOL, stiff=True))
     dense = case.size <= LARGEST_JACOBIAN

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ MEGABYTE = 2**20
 MOST_MEMORY = 500.0
 
 
-def run(steps: int, seed: int = 0) -> gf.Trajectory:
+def run(steps: int, keep: str = "statistics") -> Any:
     """The whole ensemble, observed at 101 times."""
     training = scalar()
     return gf.simulate(
@@ -41,23 +42,13 @@ def run(steps: int, seed: int = 0) -> gf.Trajectory:
         gf.GradientDescent(training.step_size),
         steps=steps,
         replicas=PATHS,
-        key=jax.random.key(seed),
+        key=jax.random.key(0),
         save=SAVES,
         observables=OBSERVABLES,
-        store_weights=False,
+        keep=keep,
+        quantiles=(0.05, 0.5, 0.95),
         progress=False,
     )
-
-
-def statistics_of(trajectory: gf.Trajectory) -> dict[str, np.ndarray]:
-    """Mean, variance and quantiles of every observable at every time."""
-    found = {}
-    for name in OBSERVABLES:
-        values = np.asarray(trajectory[name])
-        found[f"{name}, mean"] = values.mean(axis=0)
-        found[f"{name}, variance"] = values.var(axis=0)
-        found[f"{name}, quantiles"] = np.quantile(values, (0.05, 0.5, 0.95), axis=0)
-    return found
 
 
 def peak_memory() -> float:
@@ -75,7 +66,7 @@ def alone(steps: int) -> None:
     """What the process that is watched does; prints its findings as JSON."""
     imported = peak_memory()
     began = time.perf_counter()
-    statistics_of(run(steps))
+    run(steps)
     seconds = time.perf_counter() - began
     print(json.dumps({"steps": steps, "imported": imported, "peak": peak_memory(), "s": seconds}))
 
@@ -98,8 +89,9 @@ def first_steps_agree() -> dict[str, float]:
         m = a * (first * second - 1.0) + b * rng.normal(size=PATHS)
         first, second = first - m * second, second - m * first
     by_hand = end_quantities([w.reshape(-1, 1, 1) for w in (first, second)], training.target)
-    norms = np.asarray(run(100)["squared_norms"])[:, -1]
-    own = {"loss": np.asarray(run(100)["loss"])[:, -1], "tr G_1": norms[:, 1] - norms[:, 0]}
+    paths = run(100, keep="paths")
+    norms = paths["squared_norms"][:, -1]
+    own = {"loss": paths["loss"][:, -1], "tr G_1": norms[:, 1] - norms[:, 0]}
     return same_distribution({"NumPy": by_hand, "gradflow": own})
 
 
@@ -118,7 +110,7 @@ def main() -> None:
     timings = contest(
         [
             Contestant("noise alone", lambda: noise(steps), steps * PATHS),
-            Contestant("gradflow", lambda: statistics_of(run(steps)), steps * PATHS),
+            Contestant("gradflow", lambda: run(steps), steps * PATHS),
         ],
         rounds_of(chosen, 5),
         patience=600.0,

@@ -29,6 +29,7 @@ from .dynamics import (
     SlowFlow as SlowFlow,
     StochasticFlow as StochasticFlow,
 )
+from .ensemble_statistics import EnsembleStatistics as EnsembleStatistics
 from .geometry import (
     FlatnessGap as FlatnessGap,
     FlattestMinimum as FlattestMinimum,

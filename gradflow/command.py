@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gradflow.analysis.predict import predict
-from gradflow.analysis.prediction import Prediction
+from gradflow.analysis.prediction import Prediction, shown_imbalance
+from gradflow.geometry.imbalance import squared_norms
+from gradflow.progress import announced
 from gradflow.report.draw import FigureError, draw_figures
-from gradflow.report.formatting import MISSING, number, with_error
+from gradflow.report.formatting import MISSING, duration, number, with_error
 from gradflow.report.page import write_page
 from gradflow.study.build import Prepared, PreparedRun, prepare
 from gradflow.study.experiments import find
@@ -41,8 +44,9 @@ _PREDICTED = (
     "Rate,\nfinite step",
     "Half-life\nin t",
     "End: D\n(block traces)",
-    "h lambda_max",
+    "h lambda_max at\nthe minimum",
 )
+_REFUSED = "see below"
 
 
 @dataclass(frozen=True)
@@ -106,28 +110,36 @@ def foretell(spec: str, names: list[str], *, short: bool) -> int:
         return BAD_INPUT
     chosen = [run for name, run in runs.items() if not names or name in names]
     console = _console(quiet=False)
-    table, notes = Table(box=box.SIMPLE_HEAD, pad_edge=False), []
+    table, notes, refused = Table(box=box.SIMPLE_HEAD, pad_edge=False), [], 0
     table.add_column("Run")
     for title in _PREDICTED:
         table.add_column(title, justify="right")
-    for run in chosen:
-        with console.status(f"{run.spec.name} ..."):
+    for place, run in enumerate(chosen, start=1):
+        label, began = f"run {place} of {len(chosen)}: {run.spec.name}", time.monotonic()
+        with announced(label, patience=0.0):
             cells, note = _foretold(run, study.spec.eps)
-        table.add_row(run.spec.name, *cells)
+        if not sys.stderr.isatty():
+            typer.echo(f"{label} ({duration(time.monotonic() - began)})", err=True)
+        refused += cells is None
+        table.add_row(run.spec.name, *(cells or [_REFUSED, *[""] * (len(_PREDICTED) - 1)]))
         notes += [f"{run.spec.name}: {note}"] if note else []
     console.print(study.spec.title or study.spec.name, style="bold", markup=False, highlight=False)
     console.print(table)
     for note in notes:
         console.print(note, style="dim", markup=False, highlight=False)
-    return HOLDS
+    if refused:
+        console.print(
+            f"{refused} of {_count(len(chosen), 'run')} without a prediction.", highlight=False
+        )
+    return CLAIM_FAILS if refused else HOLDS
 
 
-def _foretold(run: PreparedRun, eps: float) -> tuple[list[str], str]:
-    """The cells of one run, and why some of them are empty."""
+def _foretold(run: PreparedRun, eps: float) -> tuple[list[str] | None, str]:
+    """The cells of one run, None if there is no prediction, and why some of them are empty."""
     try:
         found = predict(run.problem, run.network, run.dynamics, eps=eps)
     except ValueError as error:
-        return [MISSING] * len(_PREDICTED), str(error)
+        return None, str(error)
     cells = [
         number(found.optimization_end),
         number(found.leading_rate),
@@ -136,7 +148,8 @@ def _foretold(run: PreparedRun, eps: float) -> tuple[list[str], str]:
         _end_cell(found),
         number(found.sharpness),
     ]
-    reasons = dict.fromkeys(text for text in (found.reason, found.end_reason) if text)
+    texts = (found.start_note, found.reason, found.end_reason)
+    reasons = dict.fromkeys(text for text in texts if text)
     return cells, "; ".join(reasons)
 
 
@@ -144,7 +157,8 @@ def _end_cell(found: Prediction) -> str:
     if found.end_imbalance is None or found.end_block_traces is None:
         return MISSING
     traces = ", ".join(map(number, found.end_block_traces.tolist()))
-    return f"{number(found.end_imbalance)}\n({traces})"
+    norms = () if found.end is None else tuple(squared_norms(found.end).tolist())
+    return f"{number(shown_imbalance(found.end_imbalance, norms))}\n({traces})"
 
 
 def _load_all(specs: list[str], options: Options) -> tuple[list[tuple[Study, Prepared]], list[str]]:

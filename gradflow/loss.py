@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from gradflow.data import Regression
 from gradflow.network import DeepLinear, end_to_end
+from gradflow.products import product
 from gradflow.types import EndToEnd, Scalar, Weights
 
 
@@ -18,13 +19,13 @@ def pull_back(weights: Weights, m: EndToEnd) -> Weights:
     """
     above = [m]  # A_i^T M, last layer first
     for w in reversed(weights[1:]):
-        above.append(w.T @ above[-1])
+        above.append(product(w, above[-1], (0, 0)))
     above.reverse()
     gradients = [above[0]]
     below = None  # B_i, the identity for the first layer is never formed
     for w, left in zip(weights[:-1], above[1:], strict=True):
-        below = w if below is None else w @ below
-        gradients.append(left @ below.T)
+        below = w if below is None else product(w, below)
+        gradients.append(product(left, below, (1, 1)))
     return tuple(gradients)
 
 

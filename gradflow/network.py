@@ -1,5 +1,6 @@
 """Deep linear networks and the products of their layers."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from gradflow.products import product
 from gradflow.types import EndToEnd, Weights
 
 
@@ -94,10 +96,7 @@ def _as_layer(i: int, values: Any) -> Float[Array, "..."]:
 
 def end_to_end(weights: Weights) -> EndToEnd:
     r"""The end-to-end matrix $P = W_N \cdots W_1$, `(d_N, d_0)`."""
-    product = weights[0]
-    for w in weights[1:]:
-        product = w @ product
-    return product
+    return functools.reduce(lambda below, w: product(w, below), weights)
 
 
 def left_products(weights: Weights) -> list[Float[Array, "d_N _"]]:
@@ -105,7 +104,7 @@ def left_products(weights: Weights) -> list[Float[Array, "d_N _"]]:
     above = jnp.eye(weights[-1].shape[0], dtype=weights[-1].dtype)
     products = [above]
     for w in reversed(weights[1:]):
-        above = above @ w
+        above = product(above, w)
         products.append(above)
     return products[::-1]
 
@@ -115,7 +114,7 @@ def right_products(weights: Weights) -> list[Float[Array, "_ d_0"]]:
     below = jnp.eye(weights[0].shape[1], dtype=weights[0].dtype)
     products = [below]
     for w in weights[:-1]:
-        below = w @ below
+        below = product(w, below)
         products.append(below)
     return products
 

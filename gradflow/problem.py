@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from gradflow.data import Regression
 from gradflow.loss import pull_back
 from gradflow.network import end_to_end
+from gradflow.products import product
 from gradflow.regularizers.averaged import (
     add_penalties,
     averaged_gradient,
@@ -176,7 +177,7 @@ class Problem(eqx.Module):
         p = end_to_end(weights)
         return NoiseMoments(
             p=p,
-            m=p @ self.data.sxx - self.data.syx,
+            m=product(p, self.data.sxx) - self.data.syx,
             root=self.root,
             inverse_root=self.inverse_root,
             noisy_root=self.noisy_root,

@@ -1,12 +1,22 @@
 """Progress of long runs."""
 
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeAlias
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Report: TypeAlias = Callable[[float, float, str], None]
 """Called with what is done, the total, and a message such as the rate; at least twice a second."""
@@ -52,3 +62,37 @@ class ProgressBar:
 def automatic(label: str) -> ProgressBar | None:
     """A progress bar if somebody is watching: standard error is a terminal."""
     return ProgressBar(label) if sys.stderr.isatty() else None
+
+
+_is_announced: ContextVar[bool] = ContextVar("is_announced", default=False)
+
+
+@contextmanager
+def announced(label: str, patience: float = PATIENCE) -> Iterator[None]:
+    """Show what is going on and for how long, where there is no telling how much is left.
+
+    As with `automatic` nothing is shown unless standard error is a terminal and `patience` seconds
+    have gone by; nor within something else that is announced.
+    """
+    if _is_announced.get() or not sys.stderr.isatty():
+        yield
+        return
+    line = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    line.add_task(label)
+    timer = threading.Timer(patience, line.start)  # JAX compiles for seconds without a word
+    timer.daemon = True
+    token = _is_announced.set(True)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        line.stop()
+        _is_announced.reset(token)

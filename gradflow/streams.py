@@ -1,11 +1,16 @@
 """Counter-based random streams addressed by step and path."""
 
+from typing import Literal
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+
+Law = Literal["gaussian", "two-point", "three-point"]
+Precision = Literal["double", "single"]
 
 
 def _threefry(
@@ -16,6 +21,47 @@ def _threefry(
     k1 = jnp.broadcast_to(key[1], first.shape)
     a, b = threefry2x32_p.bind(k0, k1, first, second)
     return a, b
+
+
+class Normals(eqx.Module):
+    r"""What stands for the standard normals of a run."""
+
+    law: Law = eqx.field(static=True, default="gaussian")
+    antithetic: bool = eqx.field(static=True, default=False)
+    precision: Precision = eqx.field(static=True, default="double")
+
+
+class Source(eqx.Module):
+    """Where the random numbers of an ensemble come from.
+
+    **Arguments:**
+
+    - `key`: a JAX random key, typed (`jax.random.key`) or raw.
+    - `paths`: `(R,)` path numbers.
+    - `normals`: what stands for the standard normals.
+    """
+
+    key: UInt32[Array, "2"]
+    paths: UInt32[Array, " paths"]
+    normals: Normals
+
+    def __init__(
+        self,
+        key: PRNGKeyArray | UInt32[Array, "2"],
+        paths: Int[Array, " paths"] | UInt32[Array, " paths"],
+        normals: Normals | None = None,
+    ):
+        self.key = _words_of(key)
+        self.paths = paths.astype(jnp.uint32)
+        self.normals = Normals() if normals is None else normals
+
+    def at(self, steps: Int[Array, " steps"] | UInt32[Array, " steps"]) -> "Stream":
+        """The random numbers of the given steps."""
+        return Stream(self.key, steps, self.paths)
+
+    def of_path(self, path: UInt32[Array, ""]) -> "Source":
+        """The source of one path alone."""
+        return Source(self.key, path[None], self.normals)
 
 
 class Stream(eqx.Module):
@@ -43,8 +89,7 @@ class Stream(eqx.Module):
         steps: Int[Array, " steps"] | UInt32[Array, " steps"],
         paths: Int[Array, " paths"] | UInt32[Array, " paths"],
     ):
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        self.key = jax.random.key_data(key) if typed else key
+        self.key = _words_of(key)
         self.steps = steps.astype(jnp.uint32)
         self.paths = paths.astype(jnp.uint32)
 
@@ -114,6 +159,11 @@ class Stream(eqx.Module):
         Keys are 64 bits wide (32 without x64): a tie has probability below $n^2 2^{-53}$.
         """
         return jnp.argsort(self.uniforms((n,)), axis=1).astype(jnp.int32)
+
+
+def _words_of(key: PRNGKeyArray | UInt32[Array, "2"]) -> UInt32[Array, "2"]:
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(key) if typed else key
 
 
 def _multiply_high(a: UInt32[Array, "..."], b: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -17,7 +17,7 @@ from gradflow import cli, command
 from gradflow.study.load import load_study
 from gradflow.study.quantities import QUANTITIES
 
-PROGRAM = [sys.executable, "-c", "from gradflow.cli import main; main()"]
+PROGRAM = [sys.executable, "-m", "gradflow"]
 
 GOOD = (
     HEAD
@@ -226,6 +226,16 @@ def test_predict(folder):
     assert not (folder / "results").exists()
     only = call("predict", "both.toml", "--run", "noisy").stdout
     assert "noisy" in only and "flow" not in only.split()
+
+
+def test_a_run_without_a_prediction_says_why_and_shows_in_the_exit_status(folder):
+    text = GOOD.replace('{ kind = "GradientFlow" }', '{ kind = "ModifiedFlow", step_size = 0.05 }')
+    (folder / "other.toml").write_text(text)
+    result = call("predict", "other.toml")
+    assert result.exit_code == 1, result.output
+    assert "see below" in result.stdout and "got ModifiedFlow" in result.stdout
+    assert "1 of 1 run without a prediction" in result.stdout
+    assert "run 1 of 1: flow" in result.stderr
 
 
 def test_predict_refuses_bad_input(folder):

@@ -15,7 +15,7 @@ import pytest
 
 # A room is a file `gradflow/<room>.py` or a folder `gradflow/<room>/`.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "streams"),
+    ("types", "streams", "products", "jax_settings", "devices", "memory", "accumulators"),
     ("network", "init", "data"),
     ("loss",),
     ("regularizers", "problem"),
@@ -23,22 +23,49 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("theory", "solvers", "closed_forms"),
     ("dynamics",),
     ("observables", "instruments"),
-    ("describe", "progress", "schedule", "trajectory", "simulate"),
+    (
+        "describe",
+        "progress",
+        "schedule",
+        "tally",
+        "outcome",
+        "trajectory",
+        "ensemble_statistics",
+        "record",
+        "labels",
+        "runner",
+        "simulate",
+    ),
     ("analysis",),
     ("study",),
     ("report",),
-    ("command", "cli"),
+    ("command", "cli", "__main__"),
 )
 
 # Rooms that may also import these rooms of their own layer.
 SAME_LAYER: dict[str, tuple[str, ...]] = {
     "cli": ("command",),
+    "__main__": ("cli",),
     "streams": ("types",),
     "init": ("network",),
     "data": ("network",),
     "problem": ("regularizers",),
-    "trajectory": ("describe",),
-    "simulate": ("describe", "progress", "schedule", "trajectory"),
+    "outcome": ("describe",),
+    "trajectory": ("outcome",),
+    "ensemble_statistics": ("outcome",),
+    "record": ("tally",),
+    "labels": ("record", "schedule", "tally"),
+    "runner": ("progress", "record", "schedule"),
+    "simulate": (
+        "describe",
+        "ensemble_statistics",
+        "labels",
+        "progress",
+        "record",
+        "runner",
+        "schedule",
+        "trajectory",
+    ),
 }
 
 # Within a folder a file imports only from `base.py`; in these also from the files before it.
@@ -74,6 +101,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
     ),
     "solvers": ("collocation", "krylov", "stage_equations", "gauss_legendre"),
     "data": ("moments", "preprocess", "files", "bundled", "regression"),
+    "accumulators": ("moments", "sketch"),
     "regularizers": ("averaged", "diffusion", "sampled"),
     "closed_forms": (
         "linear",
@@ -105,6 +133,8 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "statistics",
         "boundary",
         "noise_free_run",
+        "edge",
+        "overlap",
         "prediction",
         "predict",
         "rates",

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import gradflow as gf
 from gradflow import progress
-from gradflow.progress import ProgressBar, automatic
+from gradflow.progress import ProgressBar, announced, automatic
 
 PROBLEM = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.3)])
 NET = gf.DeepLinear([[[1.0]], [[0.5]]])
@@ -97,16 +97,16 @@ def test_a_run_shows_its_bar_and_takes_it_away(screen: Callable[[], str]):
 def test_the_bar_is_taken_away_when_a_run_fails(
     screen: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ):
-    module = sys.modules["gradflow.simulate"]
-    observe, threads = module._observe, threading.active_count()
+    module = sys.modules["gradflow.runner"]
+    run_slice, threads = module._run_slice, threading.active_count()
 
     def fail_once_the_bar_is_there(*arguments: Any) -> Any:
         if threading.active_count() > threads:
             raise RuntimeError("the disk is full")
-        return observe(*arguments)
+        return run_slice(*arguments)
 
-    monkeypatch.setattr(module, "_observe", fail_once_the_bar_is_there)
-    options = {"steps": 10, "key": jax.random.key(0), "observables": ["loss"]}
+    monkeypatch.setattr(module, "_run_slice", fail_once_the_bar_is_there)
+    options = {"steps": 1000, "key": jax.random.key(0), "observables": ["loss"]}
     with pytest.raises(RuntimeError, match="the disk is full"):
         gf.simulate(PROBLEM, NET, gf.GradientDescent(0.1), progress=True, **options)
     deadline = time.monotonic() + 10.0
@@ -159,4 +159,23 @@ def test_chunks_share_the_bar():
         save=3,
         progress=lambda done, total, message: shares.append(done / total),
     )
-    np.testing.assert_allclose(shares, [0.2, 0.4, 0.6, 0.8, 0.9, 1.0], rtol=1e-12)
+    np.testing.assert_allclose(shares, [0.4, 0.8, 1.0], rtol=1e-12)
+
+
+def test_what_takes_a_while_is_announced_once(
+    screen: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with announced("outer", patience=0.0), announced("inner", patience=0.0):
+        time.sleep(0.3)
+    assert "outer" in screen() and "inner" not in screen()
+    assert "0:00:00" in screen()
+
+
+def test_what_is_done_soon_is_not_announced(
+    screen: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with announced("soon", patience=60.0):
+        pass
+    assert screen() == ""

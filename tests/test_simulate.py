@@ -15,10 +15,13 @@ import pytest
 import training
 
 import gradflow as gf
+from gradflow.devices import Devices, along_last
 from gradflow.dynamics import base
 from gradflow.simulate import InterruptedWarning
+from gradflow.streams import Source
 
 MODULE = sys.modules["gradflow.simulate"]  # the front door has a function of that name
+RUNNER = sys.modules["gradflow.runner"]
 KEY = jax.random.key(3)
 
 
@@ -152,13 +155,16 @@ def test_memory_does_not_grow_with_the_number_of_steps():
 
 def test_the_state_is_given_back_to_the_next_step():
     dynamics = DYNAMICS[0]
-    weights = tuple(w[..., None] for w in NET.weights)
+    weights = tuple(jnp.stack([w, w], axis=-1) for w in NET.weights)
+    devices = Devices.sharing(2)
     state = dynamics.init(NOISY, weights, 4)
+    layout = RUNNER.state_layout(state)
+    state = devices.placed(state, layout)
     before = [*state.weights, *jax.tree.leaves(state.noise)]
     words = jax.random.key_data(KEY)
-    start, stop, paths = jnp.asarray(0), jnp.asarray(3), jnp.arange(1, dtype=jnp.uint32)
-    fixed = (dynamics, NOISY, start, stop, words, paths)
-    after = MODULE._advance(fixed, state, 4)
+    paths = devices.placed(jnp.arange(2, dtype=jnp.uint32), along_last(1))
+    moving = RUNNER._Moving(dynamics, NOISY, Source(words, paths), (), False, 4, devices, layout)
+    after, _ = RUNNER._run_slice((moving, np.arange(0, 3 * 257, 3), np.asarray(2)), state)
     assert all(array.is_deleted() for array in before)
     assert np.isfinite(np.asarray(after.weights[0])).all()
 
@@ -193,9 +199,10 @@ def test_an_interrupted_run_is_returned():
     assert part.interrupted
     assert not whole.interrupted
     assert part.attrs["status"] == "interrupted"
-    assert part.time.size == 150  # the slice that ends at step 150 is not saved any more
+    first_slice = RUNNER.MOST_ROWS
+    assert part.time.size == first_slice < 301
     for name in ("loss", "W1", "W2"):
-        np.testing.assert_array_equal(part[name], whole[name][:, :150])
+        np.testing.assert_array_equal(part[name], whole[name][:, :first_slice])
     np.testing.assert_array_equal(part.network(-1, 0).weights[0], part["W1"][0, -1])
     again = gf.repeat(part)
     np.testing.assert_array_equal(again["W1"], whole["W1"])
@@ -216,7 +223,7 @@ def test_an_interrupt_before_anything_was_saved_is_passed_on(monkeypatch: pytest
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(MODULE, "_observe", interrupt)
+    monkeypatch.setattr(RUNNER, "_run_slice", interrupt)
     with pytest.raises(KeyboardInterrupt):
         simulate()
 
@@ -320,6 +327,7 @@ def test_refuses_things_of_the_wrong_kind():
             ((problem, net, descent), {"spacing": "sqrt"}),
             ((problem, net, descent), {"observables": "loss"}),
             ((problem, net, descent), {"observables": {"mine": 3}}),
+            ((problem, net, descent), {"keep": "mean"}),
             ((problem, net, descent), {"progress": "yes"}),
         ]:
             try:
@@ -344,6 +352,7 @@ def test_refuses_things_of_the_wrong_kind():
         "ValueError: spacing must be 'lin' or 'log'; got 'sqrt'.",
         "TypeError: observables must be a list of names; got the string 'loss'.",
         "TypeError: observables: 'mine' needs a function of (network, problem), or None",
+        "ValueError: keep must be 'paths' or 'statistics'; got 'mean'.",
         "TypeError: progress must be None, True, False or a function of (done, total, message)",
     ]
     for line, start in zip(done.stdout.splitlines(), expected, strict=True):

@@ -5,7 +5,7 @@ from math import ceil
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 AGREE, DIFFER, UNDECIDED = "agree", "differ", "not enough replicas"
 MOST_REPLICAS = 10**9
@@ -129,7 +129,7 @@ def decide(
     size = abs(difference)
     if standard_error == 0.0:
         return Decision(AGREE if size <= limit else DIFFER, size, None)
-    reach = float(stats.t.isf(level, degrees)) * standard_error
+    reach = float(stdtrit(degrees, 1 - level)) * standard_error
     if size + reach <= limit:
         return Decision(AGREE, size + reach, None)
     if size - reach > limit:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
-from scipy import stats
 
 from gradflow.analysis.agreement import (
     DIFFER,
@@ -322,6 +321,8 @@ def _divergence(
     if sizes == 1:
         p = 1.0 if counts[0] == counts[1] else 0.0
     else:
+        from scipy import stats  # takes half a second to import
+
         table = [[c, n - c] for c, n in zip(counts, totals, strict=True)]
         test: Any = stats.fisher_exact(table)
         p = float(test.pvalue)

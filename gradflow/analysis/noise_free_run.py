@@ -20,8 +20,13 @@ FIRST_LENGTH = 20.0
 ATTEMPTS = 12
 """Each attempt is four times as long as the one before; saddle plateaus need the later ones."""
 
-POINTS = 801
-"""Saved points of the noise-free run in which the end of the optimization phase is located."""
+MOST_POINTS = 801
+"""Saved points of a noise-free run, in which the end of the optimization phase is located."""
+
+FEWEST_POINTS = 101
+"""The same for large networks, of which `PATH_BYTES` of weights are kept."""
+
+PATH_BYTES = 2**27
 
 MOST_STEPS = 4_000_000
 """Steps of gradient descent after which a noise-free run is given up."""
@@ -37,20 +42,29 @@ def _output_gradient_norm(net: DeepLinear, problem: Problem):
 def noise_free_run(
     clean: Problem, net: DeepLinear, mover: GradientDescent | GradientFlow
 ) -> Trajectory:
-    """The noise-free run from `net` until it has converged."""
+    """The noise-free run from `net` until it has converged, with its weights."""
     watched = {
         "excess_loss": None,
         "gradient_at_output": _output_gradient_norm,
     }
     h = 0.0 if mover.step_size is None else float(mover.step_size)
     slowest = float(smallest_positive(nonzero_spectrum(net, clean.data.sxx)))
-    length = FIRST_LENGTH / max(slowest, 1e-12)
+    length = max(FIRST_LENGTH / max(slowest, 1e-12), h)
+    room = PATH_BYTES // (8 * net.num_parameters)
+    points = int(np.clip(room, FEWEST_POINTS, MOST_POINTS))
     excess = np.full(1, np.nan)
     for _ in range(ATTEMPTS):
         if h and length / h > MOST_STEPS:
             length = MOST_STEPS * h
         run = simulate(
-            clean, net, mover, t1=length, save=POINTS, observables=watched, progress=False
+            clean,
+            net,
+            mover,
+            t1=length,
+            save=points,
+            observables=watched,
+            store_weights=True,
+            progress=False,
         )
         excess = run["excess_loss"]
         if not np.all(np.isfinite(excess)):

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy import linalg, optimize, stats
+from scipy import linalg, optimize
+from scipy.special import chdtrc, ndtri
 
 RESOLVED = "resolved"
 UNRESOLVED = "not resolved"
@@ -125,7 +126,7 @@ def fit_order(
         return replace(nothing, reason=reason)
     if seen.sum() < FEWEST:
         return _too_small(nothing, h, e, noise, floor, usable, confidence)
-    quantile = float(stats.norm.isf(0.5 - 0.5 * confidence))
+    quantile = float(ndtri(0.5 + 0.5 * confidence))
     for largest in np.sort(h[usable])[::-1]:
         used = usable & (h <= largest)
         if (used & seen).sum() < FEWEST:
@@ -236,7 +237,7 @@ def _fit(h: np.ndarray, e: np.ndarray, sigma: np.ndarray, seen: np.ndarray) -> _
     return _PowerLaw(
         order=float(found.x[1]),
         error=math.sqrt(covariance[1, 1] * max(1.0, chi2 / degrees)),
-        p_value=float(stats.chi2.sf(chi2, degrees)),
+        p_value=float(chdtrc(degrees, chi2)),
     )
 
 
@@ -294,7 +295,7 @@ def _factor(h: np.ndarray, size: np.ndarray, noise: np.ndarray, confidence: floa
     """How many times the replicas would show differences of this size and settle their order."""
     if not noise.any():
         return None
-    quantile = float(stats.norm.isf(0.5 - 0.5 * confidence))
+    quantile = float(ndtri(0.5 + 0.5 * confidence))
     for factor in np.geomspace(1.0, MOST_FACTOR, 141):
         relative = noise / math.sqrt(factor) / size
         # one standard error more than needed: five times out of six the noise then lets it pass

@@ -10,8 +10,10 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from gradflow.analysis.boundary import first_crossing
+from gradflow.analysis.edge import beyond_the_edge, optimization_rate, unstable
 from gradflow.analysis.noise_free_run import noise_free_run, nonzero_spectrum
-from gradflow.analysis.prediction import Prediction, RateLaw, Theory
+from gradflow.analysis.overlap import overlap
+from gradflow.analysis.prediction import Prediction, RateLaw, Theory, is_number
 from gradflow.data import Regression
 from gradflow.dynamics import (
     SVAG,
@@ -23,25 +25,39 @@ from gradflow.dynamics import (
 )
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.settings import Decay
-from gradflow.geometry.base import output_loss
-from gradflow.geometry.curvature import kernel_of_root, smallest_positive
+from gradflow.geometry.base import (
+    check_double,
+    check_network,
+    check_problem,
+    check_widths,
+    output_loss,
+)
+from gradflow.geometry.curvature import kernel_of_root
 from gradflow.geometry.imbalance import imbalance, squared_norms
 from gradflow.geometry.manifold import is_on_manifold, retract
 from gradflow.loss import push_forward
 from gradflow.network import DeepLinear
-from gradflow.observables import check_plain, theory_options
+from gradflow.observables import theory_options
 from gradflow.problem import Problem
+from gradflow.progress import announced
 from gradflow.regularizers.averaged import averaged_gradient
 from gradflow.theory.drift import flow_imbalance_drift, imbalance_drift
+from gradflow.theory.end_point import driving_force
 from gradflow.theory.floor import total_decay
 from gradflow.theory.slow_drift import slow_drift
-from gradflow.theory.spread import fluctuation_share
+from gradflow.theory.spread import fluctuation_share, is_skewed
 from gradflow.theory.stationary import stationary_covariance
 from gradflow.trajectory import Trajectory
 from gradflow.types import Scalar, Weights
 
-STILL = 1e-12
-"""Rate of the imbalance, relative to that of the residual, that is rounding."""
+STILL = 1e-10
+"""Drift of the imbalance, relative to what drives the slow flow, that is rounding."""
+
+ROUNDING = 1e-15
+"""The same, relative to the curvature times |W|^2."""
+
+OVERLAPPING = 0.01
+"""Change of the imbalance in the optimization phase, relative to it, that is worth a note."""
 
 BALANCED = 1e-12
 """Imbalance, relative to |W|^2, that is rounding."""
@@ -62,14 +78,16 @@ def predict(
     for a discrete dynamics) to the minimum it reaches. Rates are those of `slow_drift` there, at
     leading order ($h \to 0$) and exact in the step size; half-life, end point and the network
     after any number of steps follow the slow flow from there. For label noise on a scalar network
-    of depth 2 the imbalance decays at the rate $h v$ and $h v \cdot 2/(2 - h \lambda)$ (theory
+    of depth 2 the imbalance decays at $h v$ and $h v \cdot 2/(2 - h \lambda)$ (docs/theory.md
     sections 4, 5, 7b and 9).
 
     *The error.* Both are of leading order in the noise. What they neglect, relative to what they
-    keep, is of the size of `relative_error`, the share $E|\delta W|^2 / |W|^2$ of the fast
-    fluctuation. In simulated scalar networks of depth 2 under label noise, at
-    $h \lambda_\mathrm{max}$ = 0.1 to 1.3 and a `relative_error` of 0.003 to 0.03, the change of
-    the imbalance differed from that at finite step by 0 to 0.9 times that.
+    keep, is of the size of `relative_error`: the share $\epsilon = E|\delta W|^2 / |W|^2$ of the
+    fast fluctuation, and its root where the noise is skewed (batches of a finite sample, masks). In
+    simulated scalar networks of depth 2 under label noise, at $h \lambda_\mathrm{max}$ = 0.1 to
+    1.3 and $\epsilon$ = 0.003 to 0.03, the change of the imbalance differed from that at finite
+    step by 0 to 0.9 times that; with batches of one of four rows at depth 3 by 0.4 to 0.6
+    $\sqrt\epsilon$. `overlap` is what they neglect of the optimization phase.
 
     Rates of gradient descent without momentum are those of $D_{k+1} = D_k (1 - h r)$,
     $-\log(1 - h r)/h$. SVAG and the SDE of order 2 have no slow flow of their own: their rates are
@@ -84,12 +102,22 @@ def predict(
 
     **Returns:** a `Prediction`; `print` shows it as a table.
 
-    **Raises:** `ValueError` for a dynamics that theory does not cover, or if noise-free training
-    does not converge to a minimum; `TypeError` for something that is not a dynamics.
+    **Raises:** `ValueError` for a dynamics that theory does not cover, widths that do not fit the
+    data, or if noise-free training does not converge to a minimum; `TypeError` for an argument that
+    is not a problem, a network or a dynamics.
     """
+    check_problem(problem)
+    check_network(net)
+    check_widths(net, problem)
+    check_double(net, "predict")
     dynamics = _as_dynamics(dynamics, momentum, decay)
-    training = _training(dynamics)
-    run = _Run(problem, net, dynamics, eps)
+    with announced("predicting (compiled at the first call)"):
+        return _predicted(_Run(problem, net, dynamics, eps))
+
+
+def _predicted(run: "_Run") -> Prediction:
+    """The laws of a run, and those of its dynamics among them."""
+    dynamics, training = run.dynamics, _training(run.dynamics)
     start = run.begun(training or GradientFlow(1e-10, 1e-12))
     leading = run.law("leading_order", start)
     finite = None
@@ -98,7 +126,16 @@ def predict(
     own, slow = finite or leading, finite or leading
     if isinstance(dynamics, SVAG) or (isinstance(dynamics, StochasticFlow) and dynamics.order == 2):
         own, slow = run.law("leading_order", start, exact=True), None
-    return _summary(dynamics, own, leading, finite, slow, eps)
+    notes = []
+    if training is not None and np.isfinite(own.optimization_rate):
+        notes.append(beyond_the_edge(run.problem, run.net, training, own.imbalance))
+    if abs(start.overlap) > OVERLAPPING * own.imbalance:
+        notes.append(
+            f"the phases overlap: while the residual decays, noise changes D by about "
+            f"{start.overlap:+.2g} beyond what the slow flow from the minimum reached says"
+        )
+    note = "; ".join(text for text in notes if text)
+    return _summary(dynamics, own, leading, finite, slow, run.eps, note, start.overlap)
 
 
 def _as_dynamics(
@@ -106,7 +143,7 @@ def _as_dynamics(
 ) -> AbstractDynamics:
     """The dynamics asked about, if theory covers it."""
     if not isinstance(given, AbstractDynamics):
-        if not _is_number(given):
+        if not is_number(given):
             raise TypeError(
                 "dynamics must be a step size or a dynamics such as GradientDescent(0.1); got "
                 f"{given!r}."
@@ -124,18 +161,25 @@ def _as_dynamics(
             f"dynamics: predictions cover {names}; got {type(given).__name__}. Predict for "
             "GradientDescent of the same step size instead."
         )
-    check_plain(given, "a prediction", heavy_ball=True)
+    if isinstance(given, GradientDescent):
+        _check_plain(given)
     if isinstance(given, SVAG) and given.amplification == 1:
         return GradientDescent(given.step_size)
     return given
 
 
-def _is_number(given: Any) -> bool:
-    """Whether something is a real number or an array that holds one."""
-    try:
-        return np.ndim(given) == 0 and np.isrealobj(np.asarray(given, float))
-    except (TypeError, ValueError):
-        return False
+def _check_plain(given: GradientDescent) -> None:
+    """Raise a `ValueError` for descent that is neither plain nor heavy ball."""
+    for present, what, fix in (
+        (given.optimizer is not None, "an optimizer", "optimizer=None"),
+        (given.schedule is not None, "a schedule of step sizes", "a constant step_size"),
+        (given.nesterov, "Nesterov momentum", "nesterov=False"),
+    ):
+        if present:
+            raise ValueError(
+                "dynamics: predictions cover plain SGD and heavy ball; this GradientDescent has "
+                f"{what}. Predict for GradientDescent with {fix}."
+            )
 
 
 def _training(dynamics: AbstractDynamics) -> GradientDescent | None:
@@ -150,12 +194,16 @@ def _training(dynamics: AbstractDynamics) -> GradientDescent | None:
 
 @dataclass(frozen=True)
 class _Start:
-    """A noise-free run, the minimum it ends at, and the Hessian's nonzero spectrum there."""
+    """A noise-free run, the minimum it ends at, and the Hessian's nonzero spectrum there.
+
+    `overlap` is what noise does meanwhile.
+    """
 
     path: Trajectory
     limit: DeepLinear
     spectrum: np.ndarray
     training: GradientDescent | None
+    overlap: float
 
 
 class _Run:
@@ -183,7 +231,10 @@ class _Run:
         path = noise_free_run(Problem(moments), self.net, mover)
         limit = DeepLinear(_landed(path.network(-1).weights, self.problem))
         spectrum = np.asarray(nonzero_spectrum(limit, self.problem.input_moment))
-        return _Start(path, limit, spectrum, mover if isinstance(mover, GradientDescent) else None)
+        training = mover if isinstance(mover, GradientDescent) else None
+        beta = 0.0 if self.momentum is None else float(self.momentum)
+        shared = overlap(self.problem, path, limit, self.h, beta) if self.random else 0.0
+        return _Start(path, limit, spectrum, training, shared)
 
     def law(self, theory: Theory, start: _Start, exact: bool = False) -> RateLaw:
         """Every number of a theory at a minimum; with `exact` by the drift of one step."""
@@ -198,14 +249,18 @@ class _Run:
             self._slow_flow(theory),
             options if self.random else None,
         )
-        floor, end = float(found.plateau + found.noise_floor), float("nan")
+        plateau = float(found.plateau) if self.pulled else 0.0
+        floor, end = plateau + float(found.noise_floor), float("nan")
         if self.random:
             end = _crossing(start.path, "excess_loss", self.eps * floor)
         elif self.pulled:
             level = self.eps * float(found.residual)
             end = _crossing(start.path, "gradient_at_output", level)
 
-        rate = _optimization_rate(start.spectrum, start.training)
+        rate = self._optimization_rate(start, stepwise=exact or theory == "finite_step")
+        settles = rate > 0.0
+        if not settles:
+            rate = end = float("nan")
         distance, drift = float(imbalance(start.limit)), float(found.drift)
         compounded = None
         if exact:
@@ -213,7 +268,8 @@ class _Run:
         if theory == "finite_step" and not self.is_slow and self.momentum is None:
             compounded = start.training
             drift += self.h * float(total_decay(self.problem)) ** 2 * distance
-        if abs(drift) <= STILL * rate * distance:
+        size = float(jnp.sqrt(jnp.sum(squared_norms(start.limit))))
+        if abs(drift) <= size * (STILL * found.force + ROUNDING * start.spectrum[-1] * size):
             drift = 0.0
         decay = _decay_rate(drift, distance, compounded)
         return RateLaw(
@@ -233,8 +289,15 @@ class _Run:
             sharpness=float(start.spectrum[-1]),
             relative_error=float(found.relative_error),
             has_noise=self.random,
-            reason="; ".join(self._reasons(start, distance, drift, decay, exact)),
+            reason="; ".join(self._reasons(theory, start, settles, distance, drift, decay, exact)),
         )
+
+    def _optimization_rate(self, start: _Start, stepwise: bool) -> float:
+        r"""Step by step, or for small steps, where momentum makes it $1/(1 - \beta)$ as fast."""
+        if stepwise:
+            return optimization_rate(start.spectrum, start.training)
+        beta = 0.0 if self.momentum is None else float(self.momentum)
+        return optimization_rate(start.spectrum, None) / (1.0 - beta)
 
     def _slow_flow(self, theory: Theory) -> SlowFlow | None:
         """The slow flow of a training or its SDE; None for a flow, which has no step size."""
@@ -249,26 +312,36 @@ class _Run:
         return _exact_drift(self.problem, limit, self.dynamics, self.random)
 
     def _reasons(
-        self, start: _Start, distance: float, drift: float, decay: float, exact: bool
+        self,
+        theory: Theory,
+        start: _Start,
+        settles: bool,
+        distance: float,
+        drift: float,
+        decay: float,
+        exact: bool,
     ) -> list[str]:
         """Why numbers of a law are missing."""
+        if not settles:
+            return [unstable(self.problem, start.limit, start.spectrum, self._slow_flow(theory))]
         if not self.random and not self.pulled:
             return ["no regularizer acts in this dynamics: there is no regularization phase"]
         if not np.isfinite(drift) and exact and self.problem.layer_noise:
             kind = type(self.dynamics).__name__
-            return [f"{kind} has no rate law for noise inside the network; see leading_rate"]
-        if not np.isfinite(drift):
-            top = self.h * start.spectrum[-1]
             return [
-                f"at the minimum h lambda_max = {top:.4g}: training is not stable there, and "
-                "theory ends at the edge of stability"
+                f"{kind} has no rate law for noise inside the network; that of small steps stands "
+                "under leading order"
             ]
+        if not np.isfinite(drift):
+            return [unstable(self.problem, start.limit, start.spectrum, self._slow_flow(theory))]
         if distance <= BALANCED * float(jnp.sum(squared_norms(start.limit))):
             return ["the minimum is balanced: there is no imbalance to decay"]
         if drift == 0.0:
             return ["the imbalance stands still"]
         if decay < 0.0:
             return ["imbalance grows at the minimum: no separation of time scales"]
+        if not np.isfinite(decay):
+            return ["the noise is so strong that the imbalance would change sign within one step"]
         return []
 
 
@@ -279,6 +352,8 @@ def _summary(
     finite: RateLaw | None,
     slow: RateLaw | None,
     eps: float,
+    start_note: str,
+    overlap: float,
 ) -> Prediction:
     """The prediction whose numbers are those of the law of the dynamics itself."""
     h = own.step_size or float("nan")
@@ -303,6 +378,8 @@ def _summary(
         leading_order=leading,
         finite_step=finite,
         slow=slow,
+        start_note=start_note,
+        overlap=overlap,
     )
 
 
@@ -325,7 +402,8 @@ class _AtMinimum(eqx.Module):
 
     - `residual`, `plateau`: $|M|$ and the excess loss to which penalties and noise inside the
         network pull; `noise_floor`: the excess loss that noise keeps up.
-    - `relative_error`: `fluctuation_share`. `drift`: $dD/dt$ of the slow flow.
+    - `relative_error`: `fluctuation_share`, or its root where the noise is skewed.
+    - `drift`: $dD/dt$ of the slow flow; `force`: what drives it.
     """
 
     residual: Scalar
@@ -333,6 +411,7 @@ class _AtMinimum(eqx.Module):
     noise_floor: Scalar
     relative_error: Scalar
     drift: Scalar
+    force: Scalar
 
 
 @eqx.filter_jit
@@ -362,7 +441,12 @@ def _at_minimum(
         h, beta = flow.step_size, flow.momentum
         floor = 0.5 * jnp.trace(stationary_covariance(problem, weights, h, **fluctuates))
         error = fluctuation_share(problem, weights, h, beta, finite_step=flow.finite_step)
-    return _AtMinimum(*_plateau(problem, weights, share), floor, error, drift)
+        error = jnp.sqrt(error) if is_skewed(problem) else error
+    if flow is None:
+        force = driving_force(problem, weights, 0.0, None, False)
+    else:
+        force = driving_force(problem, weights, flow.step_size, flow.momentum, flow.finite_step)
+    return _AtMinimum(*_plateau(problem, weights, share), floor, error, drift, force)
 
 
 def _plateau(problem: Problem, weights: Weights, share: Scalar) -> tuple[Scalar, Scalar]:
@@ -370,7 +454,7 @@ def _plateau(problem: Problem, weights: Weights, share: Scalar) -> tuple[Scalar,
 
     At a minimum the data loss has no gradient, and $K x = -\tilde J\,(\nabla R + s \nabla L_2)$
     for $x = \mathrm{vec}(M S^{-1/2})$, where the penalties $L_2$ act with the share $s$ of the
-    strength of the gradient (theory section 4, for every regularizer).
+    strength of the gradient (docs/theory.md section 4, for every regularizer).
     """
     loss = output_loss(problem)
     smooth = averaged_gradient(weights, problem.data, problem.regularizers, penalties=False)
@@ -407,23 +491,6 @@ def _decay_rate(drift: float, start: float, training: GradientDescent | None) ->
         h = float(training.step_size)
         return float(-np.log1p(h * relative) / h) + 0.0 if h * relative > -1.0 else float("nan")
     return 0.0 - relative
-
-
-def _optimization_rate(spectrum: np.ndarray, training: GradientDescent | None) -> float:
-    """Slowest decay rate of the residual at a minimum with this Hessian spectrum."""
-    slowest = float(smallest_positive(jnp.asarray(spectrum)))
-    if training is None:
-        return slowest
-    h = float(training.step_size)
-    modes = spectrum[spectrum >= slowest]
-    if training.momentum is None:
-        factors = np.abs(1.0 - h * modes)
-    else:
-        beta = float(training.momentum)
-        companions = np.array([[[1 + beta - h * m, -beta], [1.0, 0.0]] for m in modes])
-        factors = np.abs(np.linalg.eigvals(companions)).max(axis=1)
-    with np.errstate(divide="ignore"):
-        return float(-np.log(factors.max()) / h)
 
 
 def _crossing(path: Trajectory, name: str, level: float) -> float:

@@ -6,25 +6,36 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from gradflow.data import Regression
 from gradflow.dynamics.settings import Decay
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.geometry.base import output_loss
-from gradflow.geometry.curvature import hessian_block_traces, minima_spectrum
+from gradflow.geometry.curvature import hessian_block_traces, hessian_trace, minima_spectrum
 from gradflow.geometry.imbalance import imbalance, squared_norms
 from gradflow.geometry.manifold import why_singular
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
+from gradflow.progress import announced
 from gradflow.theory.end_point import Ending, slow_end
+from gradflow.theory.slow_noise import NEGLIGIBLE, tangential_noise, tangential_size
 from gradflow.theory.slow_path import slow_point
 from gradflow.theory.spread import imbalance_variance_rate
+from gradflow.types import Weights
 
 Theory: TypeAlias = Literal["leading_order", "finite_step"]
 """Which slow flow predicts: the classical one of small steps, or that of the step size itself."""
+
+
+ZERO = 1e-8
+"""Imbalance, relative to |W|^2, that is shown as 0: the slow flow is followed to about this."""
+
+RESTING = 1e-12
+"""Relative change of the weights in a time scale of the optimization phase that is rounding."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +75,18 @@ class RateLaw:
 
     - `theory`: `"leading_order"` ($h \to 0$) or `"finite_step"`.
     - `problem`, `step_size`, `momentum`, `decay`: the training; step size 0 is gradient flow.
-    - `limit`: the minimum at which noise-free training ends and the regularization phase starts.
+    - `limit`: the minimum reached, at which the regularization phase starts.
     - `optimization_end`, `optimization_rate`: end of the optimization phase, and the rate at which
-        the residual dies in it.
+        the residual dies in it according to this theory; both NaN where training does not settle at
+        the minimum reached.
     - `loss_floor`: excess loss in the regularization phase.
     - `imbalance`, `imbalance_drift`, `imbalance_rate`: $D$, its expected $dD/dt$ and
-        $-d \log D/dt$ at `limit`.
+        $-d \log D/dt$ at the minimum reached, not at the network given.
     - `separation`: `optimization_rate / imbalance_rate`.
-    - `sharpness`: $\lambda_\mathrm{max}$ at `limit`.
-    - `relative_error`: $E|\delta W|^2/|W|^2$ of the fast fluctuation at `limit`. The slow flow is
-        the leading order in it: an estimate of the relative error, up to a factor of order one.
+    - `sharpness`: $\lambda_\mathrm{max}$ at the minimum reached.
+    - `relative_error`: $E|\delta W|^2/|W|^2$ of the fast fluctuation at `limit`, or its root where
+        the noise is skewed. The slow flow is the leading order in it: an estimate of the relative
+        error, up to a factor of order one.
     - `has_noise`: whether noise acts in the training.
     """
 
@@ -147,21 +160,28 @@ class RateLaw:
         **Raises:** `ValueError` where the motion is random (simulate `slow_flow` with replicas),
         nothing acts, or the path comes to where the theory ends before that time.
         """
-        if steps is not None and time is None:
-            if self.step_size == 0.0:
-                raise ValueError(f"at: steps={steps:g}, but a flow has no steps; give a flow time.")
-            time, steps = steps * self.step_size, None
-        if time is None or steps is not None:
+        if time is not None and steps is not None:
+            raise ValueError(f"at: time={time!r} and steps={steps!r}: give only one of them.")
+        if time is steps is None:
             raise ValueError("at: give a flow time, as in at(100.0), or at(steps=10**7).")
+        name, given = ("steps", steps) if time is None else ("time", time)
+        if not is_number(given):
+            raise TypeError(f"at: {name} must be a number; got {given!r}.")
+        when = float(np.asarray(given))
+        if not 0.0 <= when < math.inf:
+            raise ValueError(f"at: {name} must be finite and >= 0; got {given!r}.")
+        if name == "steps":
+            if self.step_size == 0.0:
+                raise ValueError(f"at: steps={given}, but a flow has no steps; give a flow time.")
+            when *= self.step_size
         if why := self._no_path():
             raise ValueError(f"at: {why}.")
-        when = float(time)
-        if not 0.0 <= when < math.inf:
-            raise ValueError(f"at: a time or number of steps is finite and >= 0; got {when:g}.")
         net = self.limit
-        if when > 0.0:
+        if when > 0.0 and not self._rests:
             weights, arrived = _slow_point(*self._start(jnp.asarray(when)), **self._options())
-            if not bool(arrived):
+            if not bool(arrived) and self.end is not None:
+                weights = self.end.net.weights  # so late that time has no digits for a step
+            elif not bool(arrived):
                 raise ValueError(
                     f"at: the slow flow does not get to t = {when:g}: on its way training about "
                     "the minima becomes unstable, and the theory ends."
@@ -183,6 +203,8 @@ class RateLaw:
         """Half-life, end point and why there is none."""
         if why := self._no_path():
             return math.nan, None, why
+        if self._rests:
+            return math.inf, end_point(self.problem, self.limit), ""
         found = _slow_end(*self._start(), **self._options())
         half_life = float(found.half_life)
         if bool(found.ending != Ending.still):
@@ -205,12 +227,20 @@ class RateLaw:
             return "no regularizer acts: every minimum is a stationary point"
         if why := why_singular(self.limit.weights, output_loss(self.problem)):
             return f"the minimum is a singular point of the minima manifold: {why}"
-        if self.step_size > 0.0 and self.slow_flow.is_random(self.problem):
+        random = self.step_size > 0.0 and self.slow_flow.is_random(self.problem)
+        if random and not self._rests:
             return (
                 "noise along the minima manifold makes the motion random: it has a distribution, "
                 "no end point; simulate SlowFlow with replicas"
             )
         return ""
+
+    @cached_property
+    def _rests(self) -> bool:
+        """Whether neither drift nor noise moves the weights along the manifold at `limit`."""
+        if self.step_size == 0.0 or not math.isfinite(self.imbalance_drift):
+            return False
+        return bool(_rests(self.slow_flow, self.problem, self.limit.weights))
 
 
 @dataclass(frozen=True)
@@ -226,15 +256,23 @@ class Prediction:
     - `imbalance_rate`: $-d \log D / dt$ at the start of the regularization phase, per flow time;
         negative if imbalance grows. `imbalance_drift`: $dD/dt$ there.
     - `separation`: `optimization_rate / imbalance_rate`, the ratio of the two time scales.
-    - `limit`: the minimum at which noise-free training ends and the regularization phase starts.
+    - `limit`: the minimum reached, at which the regularization phase starts. Numbers "at the
+        minimum reached" belong to it, not to the network given.
     - `reason`: why a field is NaN, empty if none is.
     - `optimization_steps`: `optimization_end` in steps; NaN for a flow.
     - `leading_rate`, `leading_drift`: `imbalance_rate` and `imbalance_drift` of the classical
         theory $h \to 0$, at the same minimum.
-    - `relative_error`: $E|\delta W|^2/|W|^2$ of the fast fluctuation at `limit`, the size of what
-        the theory neglects relative to what it keeps, up to a factor of order one.
-    - `sharpness`: $h \lambda_\mathrm{max}$ at `limit`; `stability`: its share of the edge of
-        stability $2 (1 + \beta)$, where the theory ends. NaN for a flow, which has no step size.
+    - `relative_error`: $E|\delta W|^2/|W|^2$ of the fast fluctuation at `limit`, or its root where
+        the noise is skewed: the size of what the theory neglects relative to what it keeps, up to a
+        factor of order one.
+    - `sharpness`: $h \lambda_\mathrm{max}$ at the minimum reached; `stability`: its share of the
+        edge of stability $2 (1 + \beta)$, where the theory ends. NaN for a flow, which has no step
+        size.
+    - `overlap`: by how much noise is expected to change $D$ during the optimization phase beyond
+        what the slow flow counts, which starts at `limit`; see `gradflow.analysis.overlap`. A
+        prediction is off by up to about that, and by more if the residual decays as slowly as $D$.
+    - `start_note`: says that the network given is itself beyond the edge of stability, or that the
+        phases overlap; else empty.
     - `leading_order`, `finite_step`: the rate laws of small steps, and of the step size itself,
         both at `limit`. For an SDE, which is a limit of small steps, and for a flow the second is
         None.
@@ -262,6 +300,8 @@ class Prediction:
     leading_order: RateLaw | None = None
     finite_step: RateLaw | None = None
     slow: RateLaw | None = None
+    start_note: str = ""
+    overlap: float = 0.0
 
     @property
     def half_life(self) -> float:
@@ -299,7 +339,7 @@ class Prediction:
                 return ""
             return (
                 "half-life and end point are those of a slow flow, which SVAG and the SDE of order "
-                "2 do not have of their own; leading_order has the ones of small steps"
+                "2 do not have of their own; for those of small steps predict the SDE of order 1"
             )
         never = "the imbalance never halves on its way" if self.slow.half_life == math.inf else ""
         return "; ".join(text for text in (self.slow.end_reason, never) if text)
@@ -324,7 +364,8 @@ class Prediction:
         return self.slow.at(time, steps=steps)
 
     def __str__(self) -> str:
-        table = prediction_rows(self)
+        with announced("following the slow flow to its end (compiled at the first call)"):
+            table = prediction_rows(self)
         widths = [max(len(row[column]) for row in table) for column in range(3)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in table]
         notes = [f"note: {text}" for text in prediction_notes(self)]
@@ -364,7 +405,7 @@ def prediction_rows(prediction: Prediction) -> list[tuple[str, str, str]]:
 
 def prediction_notes(prediction: Prediction) -> list[str]:
     """Why something in the table of a prediction is missing."""
-    texts = [prediction.reason]
+    texts = [prediction.start_note, prediction.reason]
     for law in prediction.laws.values():
         texts += [law.reason, law.end_reason]
     return [text for text in dict.fromkeys(texts) if text]
@@ -377,25 +418,72 @@ _variance_rate = eqx.filter_jit(imbalance_variance_rate)
 _MISSING = "\u2013"
 
 
+@eqx.filter_jit
+def _rests(flow: SlowFlow, problem: Problem, weights: Weights) -> Bool[Array, ""]:
+    """Whether what a slow flow does at a minimum is rounding: its drift and its noise.
+
+    One draw decides: of noise that acts at all it is almost surely not zero.
+    """
+    curvature = hessian_trace(DeepLinear(weights), problem.data)
+    size = sum(jnp.sum(w * w) for w in weights)
+    speed = sum(jnp.sum(v * v) for v in flow.velocity(problem, weights))
+    still = speed <= (RESTING * curvature) ** 2 * size
+    normals = jax.random.normal(jax.random.key(0), (tangential_size(problem, weights),))
+    if normals.size == 0:
+        return still
+    noise = sum(jnp.sum(z * z) for z in tangential_noise(problem, weights, normals))
+    return still & (noise <= NEGLIGIBLE * curvature * jnp.trace(problem.data.syy))
+
+
+def is_number(given: object) -> bool:
+    """Whether something is a real number, or an array that holds one."""
+    if isinstance(given, str):
+        return False
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError):
+        return False
+    return array.ndim == 0 and array.dtype.kind in "iuf"
+
+
+def shown_imbalance(value: float, norms: tuple[float, ...]) -> float:
+    """An imbalance as shown: 0 below `ZERO` of the squared norm, given layer by layer."""
+    return 0.0 if abs(value) <= ZERO * sum(norms) else value
+
+
 def _at_end(name: str) -> Any:
     return lambda law: math.nan if law.end is None else getattr(law.end, name)
 
 
+def _imbalance(law: RateLaw) -> float:
+    return shown_imbalance(law.imbalance, tuple(np.asarray(squared_norms(law.limit)).tolist()))
+
+
+def _end_imbalance(law: RateLaw) -> float:
+    if law.end is None:
+        return math.nan
+    return shown_imbalance(law.end.imbalance, law.end.squared_norms)
+
+
+def _sharpness(law: RateLaw) -> float:
+    return law.step_size * law.sharpness if law.step_size > 0.0 else math.nan
+
+
 _ROWS: tuple[tuple[str, Any], ...] = (
-    ("h lambda_max at the start", lambda law: law.step_size * law.sharpness),
+    ("h lambda_max at the minimum reached", _sharpness),
     ("optimization phase ends at t", lambda law: law.optimization_end),
     ("  in steps", lambda law: law.optimization_steps),
     ("optimization rate", lambda law: law.optimization_rate),
     ("loss floor", lambda law: law.loss_floor),
-    ("imbalance D at the start", lambda law: law.imbalance),
+    ("imbalance D at the minimum reached", _imbalance),
     ("drift dD/dt", lambda law: law.imbalance_drift),
     ("rate -d log D/dt", lambda law: law.imbalance_rate),
     ("separation of the phases", lambda law: law.separation),
     ("half-life of the imbalance, t", lambda law: law.half_life),
     ("  in steps", lambda law: law.half_life_steps),
-    ("relative error, E|dW|^2/|W|^2", lambda law: law.relative_error),
+    ("relative error, about", lambda law: law.relative_error),
     ("scatter between runs, dVar(D)/dt", lambda law: law.imbalance_variance_rate),
-    ("end point: imbalance D", _at_end("imbalance")),
+    ("end point: imbalance D", _end_imbalance),
     ("  |W_i+1|^2/|W_i|^2", _at_end("norm_ratios")),
     ("  Hessian block traces", _at_end("block_traces")),
     ("  sharpness", _at_end("sharpness")),
@@ -403,8 +491,9 @@ _ROWS: tuple[tuple[str, Any], ...] = (
 
 
 def _written(value: float | tuple[float, ...]) -> str:
+    """A number of the table with four digits, or several; a dash for one that does not exist."""
     if isinstance(value, tuple):
         return ", ".join(_written(one) for one in value) or _MISSING
     if math.isnan(value):
         return _MISSING
-    return f"{value:.4g}" if abs(value) > 1e-9 or value == 0.0 else f"{value:.1e}"
+    return f"{value:#.4g}".removesuffix(".") if value and math.isfinite(value) else f"{value:g}"

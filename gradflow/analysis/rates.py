@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy.special import stdtrit
 
 from gradflow.analysis.boundary import optimization_end
 from gradflow.analysis.statistics import (
@@ -240,7 +240,7 @@ def _bend(
     typical = max(abs(early.mean()), abs(late.mean()))
     error = change.std(ddof=1) / np.sqrt(change.size)
     if abs(change.mean()) <= max(
-        SLIGHT * typical, stats.t.isf(CURVED / 2, change.size - 1) * error
+        SLIGHT * typical, stdtrit(change.size - 1, 1 - CURVED / 2) * error
     ):
         return ""
     return (

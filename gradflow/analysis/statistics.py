@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy import stats
+from scipy.special import stdtrit
 
 from gradflow.trajectory import Trajectory
 
@@ -155,7 +155,7 @@ def student_interval(
     """Two-sided Student-t interval; `(nan, nan)` without a standard error."""
     if not (np.isfinite(standard_error) and degrees > 0):
         return float("nan"), float("nan")
-    half = float(stats.t.ppf(0.5 + 0.5 * confidence, degrees)) * standard_error
+    half = float(stdtrit(degrees, 0.5 + 0.5 * confidence)) * standard_error
     return value - half, value + half
 
 

@@ -44,7 +44,8 @@ def why_not_channel(weights: Weights) -> str | None:
 class Channel(AbstractClosedForm):
     r"""Widths $(1, k, 1)$ from any start: $W_1 \pm W_2^\top$ grow as $e^{\pm\theta(t)}$.
 
-    $e^{2\theta}$ is a logistic function (theory section 8). Scalar networks of depth 2 are $k = 1$.
+    $e^{2\theta}$ is a logistic function
+    (docs/theory.md section 8). Scalar networks of depth 2 are $k = 1$.
     """
 
     name: ClassVar[str] = "channel"

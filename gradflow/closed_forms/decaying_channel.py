@@ -31,7 +31,7 @@ class DecayingChannel(AbstractClosedForm):
 
     $\sqrt{W_1^2} e^{\lambda t}$ rotates as in `Channel`, with modified Bessel functions of orders
     $|b|/(2\lambda) \pm \tfrac12$ and argument $s_0 e^{-2 \lambda t}$ in place of exponentials
-    (theory section 4).
+    (docs/theory.md section 4).
     """
 
     name: ClassVar[str] = "decaying channel"

@@ -45,8 +45,8 @@ class Riccati(AbstractClosedForm):
     r"""Depth 2, $\bar S = c I$ and $W_2^\top W_2 - W_1 W_1^\top = \gamma I$, any shapes.
 
     $Q = (W_1^\top; W_2)$ obeys $\dot Q = F Q - \tfrac c2 Q Q^\top Q$, and
-    $Q(t) = e^{Ft} Q_0 C(t)$ with the matrix Riccati solution (theory section 8; Braun et al. 2022,
-    Domine et al. 2024)
+    $Q(t) = e^{Ft} Q_0 C(t)$ with the matrix Riccati solution
+    (docs/theory.md section 8; Braun et al. 2022, Domine et al. 2024)
 
     $$C C^\top = X = \Big( I + c\, Q_0^\top \int_0^t e^{2Fs} ds\, Q_0 \Big)^{-1}.$$
 

@@ -8,9 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.problem import Problem
+from gradflow.streams import Source
 from gradflow.types import Scalar, Weights
 
 DIVERGENCE_FACTOR = 1e12
@@ -73,8 +74,7 @@ class AbstractDynamics(eqx.Module):
         state: State,
         start: Array,
         stop: Array,
-        key: UInt32[Array, "2"],
-        paths: UInt32[Array, " paths"],
+        source: Source,
         block: int,
     ) -> State:
         """The state at mark `stop`, from that at mark `start`."""

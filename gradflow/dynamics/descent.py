@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, UInt32
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow.dynamics.base import (
     AbstractDynamics,
@@ -31,7 +31,7 @@ from gradflow.dynamics.settings import (
 )
 from gradflow.network import widths_of
 from gradflow.problem import Problem
-from gradflow.streams import Stream
+from gradflow.streams import Source
 from gradflow.types import Scalar, Weights
 
 
@@ -165,8 +165,7 @@ class GradientDescent(AbstractDynamics):
         state: State,
         start: Int[Array, ""],
         stop: Int[Array, ""],
-        key: UInt32[Array, "2"],
-        paths: UInt32[Array, " paths"],
+        source: Source,
         block: int,
     ) -> State:
         """Take the steps `start` to `stop` (excluded) of every path."""
@@ -174,7 +173,7 @@ class GradientDescent(AbstractDynamics):
 
         def draw(first_step: Array) -> tuple[Any, Any]:
             steps = first_step + jnp.arange(block)
-            noise = drawn_on_grid(problem, Stream(key, steps, paths), widths, self.path_substeps)
+            noise = drawn_on_grid(problem, source.at(steps), widths, self.path_substeps)
             if self.schedule is None:
                 return noise, None
             return noise, scheduled_step_sizes(self.schedule, steps)

@@ -6,12 +6,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, UInt32
+from jaxtyping import Array
 
 from gradflow.closed_forms import CLOSED_FORMS, AbstractClosedForm
 from gradflow.dynamics.base import AbstractDynamics, State, bury, divergence_limit, over_paths
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
+from gradflow.streams import Source
 from gradflow.types import Weights
 
 
@@ -99,8 +100,7 @@ class ExactFlow(AbstractDynamics):
         state: State,
         start: Array,
         stop: Array,
-        key: UInt32[Array, "2"],
-        paths: UInt32[Array, " paths"],
+        source: Source,
         block: int,
     ) -> State:
         """Evaluate the closed form at flow time `stop`."""

@@ -8,6 +8,7 @@ from jaxtyping import ArrayLike
 
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.problem import Problem
+from gradflow.solvers.dormand_prince import DormandPrince853
 from gradflow.types import Scalar, Weights
 
 
@@ -21,9 +22,9 @@ class GradientFlow(AbstractOdeFlow):
     **Arguments:**
 
     - `rtol`, `atol`: relative and absolute tolerance of a step, > 0.
-    - `solver`: any diffrax ODE solver with an error estimate; default `diffrax.Dopri8()`, or
-        `diffrax.Kvaerno5()` with `stiff=True`. Implicit solvers iterate by Newton's method to near
-        rounding unless they are given a root finder.
+    - `solver`: any diffrax ODE solver with an error estimate; default
+        `gradflow.solvers.DormandPrince853()`, or `diffrax.Kvaerno5()` with `stiff=True`. Implicit
+        solvers iterate by Newton's method to near rounding unless they are given a root finder.
     - `stiff`: take the implicit default, for very unbalanced starts whose curvatures differ by
         many orders of magnitude.
     - `conservative`: take `GaussLegendre(order=6)`, which keeps every
@@ -50,7 +51,9 @@ class GradientFlow(AbstractOdeFlow):
         conservative: bool = False,
     ):
         self.rtol, self.atol = checked_tolerances("GradientFlow", rtol, atol)
-        self.solver = chosen_solver("GradientFlow", solver, stiff, conservative)
+        self.solver = chosen_solver(
+            "GradientFlow", solver, stiff, conservative, explicit=DormandPrince853()
+        )
         self.stiff = stiff
         self.conservative = conservative
         self.step_size = None

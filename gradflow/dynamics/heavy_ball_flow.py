@@ -20,6 +20,7 @@ from gradflow.dynamics.settings import (
     checked_velocity,
 )
 from gradflow.problem import Problem
+from gradflow.solvers.dormand_prince import DormandPrince853
 from gradflow.types import Scalar, Weights
 
 
@@ -85,7 +86,7 @@ class HeavyBallFlow(AbstractOdeFlow):
         self.step_size = checked_step_size("HeavyBallFlow", step_size)
         self.momentum = checked_momentum("HeavyBallFlow", momentum)
         self.rtol, self.atol = checked_tolerances("HeavyBallFlow", rtol, atol)
-        self.solver = chosen_solver("HeavyBallFlow", solver, stiff)
+        self.solver = chosen_solver("HeavyBallFlow", solver, stiff, explicit=DormandPrince853())
         self.stiff = stiff
         self.velocity = checked_velocity("HeavyBallFlow", velocity)
         self.decay = checked_decay("HeavyBallFlow", decay)

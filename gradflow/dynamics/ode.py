@@ -9,14 +9,23 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix
-from jaxtyping import Array, ArrayLike, Float, UInt32
+from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.dynamics.base import AbstractDynamics, State, divergence_limit, over_paths
+from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.regularizers.base import as_parameter
 from gradflow.solvers.gauss_legendre import GaussLegendre
 from gradflow.solvers.resumable import ResumableController
+from gradflow.streams import Source
 from gradflow.types import Scalar, Weights
+
+PROPORTIONAL, INTEGRAL = 0.3, 0.4
+"""Coefficients of the step control; without a proportional part explicit steps at the edge of their
+stability, where most steps of a flow are, are rejected four times as often."""
+
+CHECKPOINTS = 16
+"""States of a solve between two saved times that a derivative in reverse mode keeps."""
 
 MAX_STEPS = 1_000_000
 """Solver steps between two saved times before the solve is given up."""
@@ -54,9 +63,7 @@ class AbstractOdeFlow(AbstractDynamics):
 
     def init(self, problem: Problem, weights: Weights, block: int) -> State:
         """Start with a first step of the solver's choice."""
-        planned = jnp.zeros((weights[0].shape[-1],))
-        memory = (self.companions(problem, weights), planned)
-        return State(weights, memory, (), divergence_limit(weights))
+        return _start(self, problem, weights)
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """None are needed."""
@@ -68,11 +75,35 @@ class AbstractOdeFlow(AbstractDynamics):
         state: State,
         start: Array,
         stop: Array,
-        key: UInt32[Array, "2"],
-        paths: UInt32[Array, " paths"],
+        source: Source,
         block: int,
     ) -> State:
         """Integrate every path from flow time `start` to `stop`, each with its own steps."""
+        return self._moved(problem, state, start, stop)
+
+    def solve(self, problem: Problem, net: DeepLinear, times: Float[Array, " times"]) -> Weights:
+        """The weights at increasing flow times, one `(T, d_i, d_{i-1})` array a layer.
+
+        A pure function, for use inside `jax.jit`, `jax.vmap` and `jax.grad`: a sweep over starts,
+        problems or settings of the flow is one compiled program, and what depends on the weights
+        can be differentiated (in reverse mode). `simulate` integrates in the same way, and watches.
+
+        **Arguments:**
+
+        - `times`: `(T,)` flow times >= 0.
+
+        **Returns:** the weights, NaN from the first time that could not be reached.
+        """
+        state = self.init(problem, tuple(w[..., None] for w in net.weights), block=1)
+
+        def go(before: tuple[State, Array], stop: Array) -> tuple[tuple[State, Array], Weights]:
+            state, start = before
+            state = self._moved(problem, state, start, stop)
+            return (state, stop), tuple(w[..., 0] for w in state.weights)
+
+        return jax.lax.scan(go, (state, jnp.zeros((), times.dtype)), times)[1]
+
+    def _moved(self, problem: Problem, state: State, start: Array, stop: Array) -> State:
         companions, planned = state.memory
         (weights, *companions), planned = integrate(
             self.field,
@@ -86,6 +117,13 @@ class AbstractOdeFlow(AbstractDynamics):
             stop,
         )
         return State(weights, (tuple(companions), planned), (), state.limit)
+
+
+@eqx.filter_jit
+def _start(flow: AbstractOdeFlow, problem: Problem, weights: Weights) -> State:
+    planned = jnp.zeros((weights[0].shape[-1],))
+    memory = (flow.companions(problem, weights), planned)
+    return State(weights, memory, (), divergence_limit(weights))
 
 
 def checked_tolerances(owner: str, rtol: ArrayLike, atol: ArrayLike) -> tuple[Scalar, Scalar]:
@@ -105,8 +143,12 @@ def chosen_solver(
     solver: diffrax.AbstractSolver | None,
     stiff: bool,
     conservative: bool = False,
+    explicit: diffrax.AbstractSolver | None = None,
 ) -> diffrax.AbstractAdaptiveSolver:
     """The solver asked for, or the explicit, implicit or conservative default.
+
+    The explicit default is `diffrax.Dopri8()`, which compiles the vector field once only, unless
+    another one is given.
 
     **Raises:** `ValueError` if more than one of a solver, `stiff` and `conservative` is given,
     `TypeError` for a solver without an error estimate.
@@ -123,8 +165,9 @@ def chosen_solver(
             f"{type(solver).__name__} was given; set only one of the two."
         )
     if solver is None:
-        implicit = diffrax.Kvaerno5() if stiff else diffrax.Dopri8()
-        solver = GaussLegendre(order=6) if conservative else implicit
+        explicit = diffrax.Dopri8() if explicit is None else explicit
+        by_stiffness = diffrax.Kvaerno5() if stiff else explicit
+        solver = GaussLegendre(order=6) if conservative else by_stiffness
     if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
         raise TypeError(
             f"{owner}.solver must be a diffrax solver with an error estimate, such as "
@@ -156,7 +199,8 @@ def integrate(
     """
 
     def solve(state: Any, first_step: Scalar) -> tuple[Any, Scalar]:
-        controller = ResumableController(diffrax.PIDController(rtol=rtol, atol=atol), first_step)
+        pid = diffrax.PIDController(rtol, atol, pcoeff=PROPORTIONAL, icoeff=INTEGRAL)
+        controller = ResumableController(pid, first_step)
         solution = diffrax.diffeqsolve(
             _terms(solver, field),
             solver,
@@ -167,6 +211,7 @@ def integrate(
             args=problem,
             saveat=diffrax.SaveAt(t1=True, controller_state=True),
             stepsize_controller=controller,
+            adjoint=diffrax.RecursiveCheckpointAdjoint(CHECKPOINTS),
             max_steps=MAX_STEPS,
             throw=False,
         )

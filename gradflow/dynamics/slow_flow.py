@@ -15,13 +15,14 @@ from gradflow.dynamics.modified_flow import is_reshuffled
 from gradflow.dynamics.ode import checked_tolerances, chosen_solver, integrate
 from gradflow.dynamics.settings import Decay, checked_decay, checked_momentum, checked_step_size
 from gradflow.dynamics.slow_sde import advance_in_cells, noise_square_rates
-from gradflow.geometry.base import output_loss
+from gradflow.geometry.base import check_double, output_loss
 from gradflow.geometry.curvature import kernel_of_root
 from gradflow.geometry.limit_maps import descent_projection, flow_projection
 from gradflow.geometry.manifold import retract
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.regularizers.base import as_parameter
+from gradflow.streams import Source
 from gradflow.theory.drift import flow_imbalance_drift
 from gradflow.theory.slow_drift import slow_drift
 from gradflow.theory.slow_noise import (
@@ -78,7 +79,8 @@ class SlowFlow(AbstractDynamics):
 
     *The start* may be anywhere: at $t = 0$ the weights are at the minimum that noise-free training
     (gradient descent with the same step size and momentum; gradient flow for `finite_step=False`)
-    reaches from it. The length of this optimization phase is neglected.
+    reaches from it. The length of this optimization phase is neglected, and with it what the noise
+    does in it beyond the slow drift at its end: `gf.predict` says how much that is (`overlap`).
 
     *Noise along the manifold* (`GradientNoise`; noise inside the network where the data leave a
     residual or are noisy themselves) makes the motion itself random: the Ito equation
@@ -152,6 +154,7 @@ class SlowFlow(AbstractDynamics):
 
     def check(self, problem: Problem, weights: Weights) -> None:
         """Raise where training does not settle at a stable minimum, warn where it hardly does."""
+        check_double(DeepLinear(tuple(w[..., 0] for w in weights)), "SlowFlow")
         if is_reshuffled(problem):
             raise ValueError(
                 "Minibatch.reshuffled=True correlates the steps of an epoch, so the slow flow of "
@@ -194,8 +197,7 @@ class SlowFlow(AbstractDynamics):
         state: State,
         start: Array,
         stop: Array,
-        key: UInt32[Array, "2"],
-        paths: UInt32[Array, " paths"],
+        source: Source,
         block: int,
     ) -> State:
         """Move every path along the manifold from flow time `start` to `stop`."""
@@ -204,7 +206,7 @@ class SlowFlow(AbstractDynamics):
             weights, planned = self._integrated(problem, state.weights, memory.planned, start, stop)
             anchor = None
         else:
-            weights, anchor = self._wander(problem, memory, start, stop, key, paths)
+            weights, anchor = self._wander(problem, memory, start, stop, source)
             planned = memory.planned
         weights = jax.vmap(bury, in_axes=(-1, 0), out_axes=-1)(weights, state.limit)
         alive = jnp.isfinite(state.weights[0][0, 0])
@@ -285,8 +287,7 @@ class SlowFlow(AbstractDynamics):
         memory: _Memory,
         start: Array,
         stop: Array,
-        key: UInt32[Array, "2"],
-        paths: UInt32[Array, " paths"],
+        source: Source,
     ) -> tuple[Weights, Weights]:
         """The weights at `stop` and the anchors before it, where the motion is random."""
         loss = output_loss(problem)
@@ -302,11 +303,10 @@ class SlowFlow(AbstractDynamics):
                 cell,
                 start,
                 stop,
-                key,
-                path,
+                source.of_path(path),
             )
 
-        return over_paths(one)(memory.anchor, memory.cell, paths)
+        return over_paths(one)(memory.anchor, memory.cell, source.paths)
 
     def _diffusion(
         self, problem: Problem, weights: Weights, increment: Float[Array, " normals"]

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import diffrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
 from gradflow.dynamics.layers import added
 from gradflow.geometry.base import OutputLoss
 from gradflow.geometry.manifold import pseudo_inverse
 from gradflow.loss import push_forward
-from gradflow.streams import Stream
+from gradflow.streams import Source
 from gradflow.types import EndToEnd, Scalar, Weights
 
 BRIDGE_TOLERANCE = 2.0**-12
@@ -36,8 +36,7 @@ def advance_in_cells(
     cell: Scalar,
     start: Scalar,
     stop: Scalar,
-    key: UInt32[Array, "2"],
-    path: UInt32[Array, ""],
+    source: Source,
 ) -> tuple[Weights, Weights]:
     r"""One path of $dW = a\, dt + B(W)\, d\beta$ on a manifold, from flow time `start` to `stop`.
 
@@ -50,13 +49,14 @@ def advance_in_cells(
 
     - `size`: number of independent Brownian motions.
     - `anchor`: the path at the last multiple of the `cell` length before `start`.
+    - `source`: the random numbers of this one path.
 
     **Returns:** the weights at `stop`, and the anchor before it.
     """
     first, last = _cells_before(start, cell), _cells_before(stop, cell)
 
     def normals(index: Int[Array, ""]) -> Float[Array, " normals"]:
-        return Stream(key, index[None], path[None]).normals((size,))[0, :, 0]
+        return source.at(index[None]).normals((size,))[0, :, 0]
 
     def whole(index: Int[Array, ""], weights: Weights) -> Weights:
         increment = jnp.sqrt(cell) * normals(index)
@@ -65,7 +65,7 @@ def advance_in_cells(
     anchor = jax.lax.fori_loop(first, last, whole, anchor)
     rest = jnp.maximum(stop - last * cell, 0.0)
     share = jnp.minimum(rest / cell, 1.0)
-    bridge = _bridge(key, last, path, size, share)
+    bridge = _bridge(source, last, size, share)
     increment = jnp.sqrt(cell) * (share * normals(last) + bridge)
     return _step(drift, diffusion, retraction, anchor, rest, increment), anchor
 
@@ -130,15 +130,14 @@ def _cells_before(time: Scalar, cell: Scalar) -> Int[Array, ""]:
 
 
 def _bridge(
-    key: UInt32[Array, "2"],
+    source: Source,
     cell: Int[Array, ""],
-    path: UInt32[Array, ""],
     size: int,
     share: Scalar,
 ) -> Float[Array, " normals"]:
     """A Brownian bridge over the unit interval at one point of it, the same for every point."""
-    words = jax.random.wrap_key_data(key, impl="threefry2x32")
-    own = jax.random.fold_in(jax.random.fold_in(words, cell), path)
+    words = jax.random.wrap_key_data(source.key, impl="threefry2x32")
+    own = jax.random.fold_in(jax.random.fold_in(words, cell), source.paths[0])
     shape = jax.ShapeDtypeStruct((size,), share.dtype)
     tree = diffrax.VirtualBrownianTree(0.0, 1.0, BRIDGE_TOLERANCE, shape, own)
     now, end = (jnp.asarray(tree.evaluate(t)) for t in (share, jnp.ones_like(share)))

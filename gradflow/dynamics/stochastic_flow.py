@@ -7,7 +7,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Int, UInt32
+from jaxtyping import Array, ArrayLike, Int
 
 from gradflow.dynamics.base import (
     AbstractDynamics,
@@ -30,7 +30,7 @@ from gradflow.network import left_products, right_products, widths_of
 from gradflow.problem import Problem
 from gradflow.solvers.grid_path import GridBrownianPath
 from gradflow.solvers.small_noise import SmallNoise
-from gradflow.streams import Stream
+from gradflow.streams import Source, Stream
 from gradflow.types import Scalar, Weights
 
 COARSEST = 0.5
@@ -170,8 +170,7 @@ class StochasticFlow(AbstractDynamics):
         state: State,
         start: Int[Array, ""],
         stop: Int[Array, ""],
-        key: UInt32[Array, "2"],
-        paths: UInt32[Array, " paths"],
+        source: Source,
         block: int,
     ) -> State:
         """Take the integration steps `start` to `stop` (excluded) of every path."""
@@ -179,8 +178,7 @@ class StochasticFlow(AbstractDynamics):
         clock = self.step_size.dtype
 
         def draw(first_step: Array) -> Any:
-            stream = Stream(key, first_step + jnp.arange(block), paths)
-            return self._draw(problem, stream, widths)
+            return self._draw(problem, source.at(first_step + jnp.arange(block)), widths)
 
         def run(state: State, first: Array, last: Array) -> State:
             solver, terms = self._equation(problem, state.noise, state.limit)

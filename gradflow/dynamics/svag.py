@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Int, UInt32
+from jaxtyping import Array, ArrayLike, Int
 
 from gradflow.dynamics.base import (
     AbstractDynamics,
@@ -23,7 +23,7 @@ from gradflow.dynamics.settings import checked_count, checked_step_size
 from gradflow.network import widths_of
 from gradflow.problem import Problem
 from gradflow.regularizers import Minibatch
-from gradflow.streams import Stream
+from gradflow.streams import Source, Stream
 from gradflow.types import Scalar, Weights
 
 SECOND = 0x5A5A5A5A
@@ -117,8 +117,7 @@ class SVAG(AbstractDynamics):
         state: State,
         start: Int[Array, ""],
         stop: Int[Array, ""],
-        key: UInt32[Array, "2"],
-        paths: UInt32[Array, " paths"],
+        source: Source,
         block: int,
     ) -> State:
         """Take the substeps `start` to `stop` (excluded) of every path."""
@@ -127,7 +126,7 @@ class SVAG(AbstractDynamics):
 
         def draw(first_step: Array) -> Any:
             steps = first_step + jnp.arange(block)
-            return self._draws(problem, Stream(key, steps, paths), widths)
+            return self._draws(problem, source.at(steps), widths)
 
         def step(weights: Weights, limit: Scalar, noise: Any) -> Weights:
             moved = minus_scaled(weights, dt, self._gradient(problem, weights, noise))

@@ -15,6 +15,7 @@ hidden layers are at least as wide as the rank of $T S^{1/2}$.
 """
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import equinox as eqx
 import jax
@@ -24,7 +25,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from gradflow.data import Regression
-from gradflow.geometry.base import OutputLoss, output_loss
+from gradflow.geometry.base import OutputLoss, check_data, output_loss
 from gradflow.geometry.curvature import check_minima
 from gradflow.problem import Problem
 from gradflow.types import EndToEnd, Scalar
@@ -35,8 +36,7 @@ HALVINGS = 80
 INSTEAD = "leave it out, or follow gf.sharpness and gf.hessian_trace of the problem itself"
 
 
-@eqx.filter_jit
-def sharpness_bound(data: Regression | Problem, depth: int) -> Scalar:
+def sharpness_bound(data: Regression | Problem, depth: int | Sequence[int]) -> Scalar:
     r"""The least sharpness that a minimum can have.
 
     With $Q = S^{1/2} T^\top T S^{1/2}$,
@@ -56,19 +56,30 @@ def sharpness_bound(data: Regression | Problem, depth: int) -> Scalar:
 
     - `data`: a `Regression`, or a `Problem` for the noise on its inputs, which is part of $S$;
         penalties are not included (weight decay adds its rate to the curvature at these weights).
-    - `depth`: $N \ge 1$.
+    - `depth`: $N \ge 1$; or the widths $(d_0, ..., d_N)$, of which only the number counts once
+        they fit the data.
 
-    **Raises:** `ValueError` for a depth below 1, or noise inside the network, which has other
-    minima.
+    **Raises:** `ValueError` for a depth below 1, widths that `trace_bound` would refuse, or noise
+    inside the network, which has other minima; `TypeError` for something that is neither.
 
     **Source:** proved at the top of this file. Mulayoff and Michaeli, "Unique properties of flat
     minima in deep networks", ICML 2020; Marion and Chizat, "Deep linear networks for regression are
     implicitly regularized towards flat minima", NeurIPS 2024, whose loss has no factor 1/2.
     """
+    check_data(data)
     check_minima(data, "sharpness_bound", INSTEAD)
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1; got {depth}.")
-    return least_sharpness(output_loss(data), depth)[0]
+    loss = output_loss(data)
+    if isinstance(depth, Sequence) and not isinstance(depth, str):
+        layers = len(_fitting(depth, loss)) - 1
+    elif _is_integer(depth):
+        layers = int(depth)
+    else:
+        raise TypeError(
+            f"depth must be a number of layers, or widths (d_0, ..., d_N); got {depth!r}."
+        )
+    if layers < 1:
+        raise ValueError(f"depth must be at least 1; got {layers}.")
+    return _least_sharpness(loss, layers)[0]
 
 
 def least_sharpness(loss: OutputLoss, depth: int) -> tuple[Scalar, Scalar]:
@@ -106,6 +117,9 @@ def least_sharpness(loss: OutputLoss, depth: int) -> tuple[Scalar, Scalar]:
     return jnp.where(zero, 0.0, value), jnp.where(zero, 1.0, t)
 
 
+_least_sharpness = eqx.filter_jit(least_sharpness)
+
+
 def trace_bound(data: Regression | Problem, widths: Sequence[int]) -> Scalar:
     r"""The least Hessian trace that a minimum of given widths can have.
 
@@ -127,20 +141,37 @@ def trace_bound(data: Regression | Problem, widths: Sequence[int]) -> Scalar:
     **Source:** proved at the top of this file; $S = I$: Gatmiry et al., "The inductive bias of
     flatness regularization for deep matrix factorization", NeurIPS 2023.
     """
+    check_data(data)
     check_minima(data, "trace_bound", INSTEAD)
     loss = output_loss(data)
-    d_out, d_in = loss.target.shape
-    if len(widths) < 2 or (widths[0], widths[-1]) != (d_in, d_out):
-        raise ValueError(
-            f"widths: {tuple(widths)} do not fit the data with {d_in} inputs and {d_out} targets; "
-            f"the first width must be {d_in} and the last {d_out}."
-        )
+    sizes = _fitting(widths, loss)
     product = loss.target @ loss.root
-    _check_widths(product, widths)
-    depth = len(widths) - 1
+    depth, d_out = len(sizes) - 1, sizes[-1]
     nuclear = jnp.sum(jnp.linalg.svd(product, compute_uv=False))
     first = (d_out * jnp.sum(loss.root**2)) ** (1.0 / depth)
     return depth * first * nuclear ** (2.0 - 2.0 / depth)
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _fitting(widths: object, loss: OutputLoss) -> tuple[int, ...]:
+    """The widths, if they are some and networks of theirs can reach the minimum of the loss."""
+    if not isinstance(widths, Sequence) or not all(map(_is_integer, widths)):
+        raise TypeError(
+            "widths must be those of all layers, input first, such as [2, 3, 2] (with a depth "
+            f"alone only the sharpness has a bound); got {widths!r}."
+        )
+    sizes = tuple(map(int, widths))
+    d_out, d_in = loss.target.shape
+    if len(sizes) < 2 or (sizes[0], sizes[-1]) != (d_in, d_out):
+        raise ValueError(
+            f"widths: {sizes} do not fit the data with {d_in} inputs and {d_out} targets; "
+            f"the first width must be {d_in} and the last {d_out}."
+        )
+    _check_widths(loss.target @ loss.root, sizes)
+    return sizes
 
 
 def _check_widths(product: EndToEnd, widths: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.geometry.base import check_network
 from gradflow.geometry.imbalance import gram_differences
 from gradflow.network import DeepLinear, end_to_end
 from gradflow.types import EndToEnd, Scalar, Weights
@@ -37,6 +38,7 @@ def local_coordinates(net: DeepLinear) -> Coordinates:
 
     `(d_N, d_0)` and `(d_i, d_i)` each; no $G_i$ at depth 1.
     """
+    check_network(net)
     return net.end_to_end, gram_differences(net.weights)
 
 
@@ -57,6 +59,7 @@ def network_at(near: DeepLinear, p: Any, g: Sequence[Any]) -> DeepLinear:
     with these coordinates is found: narrow layers cannot attain every $G$ (their number of
     independent invariants is smaller), nor widths below the rank of $p$.
     """
+    check_network(near)
     target = _checked(near, p, g)
     weights, error = _solve(near.weights, target)
     if not float(error) <= ATTAINED:

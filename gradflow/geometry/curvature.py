@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from matfree import decomp
 
 from gradflow.data import Regression
-from gradflow.geometry.hessian import as_problem, dense_hessian, flat_hessian
+from gradflow.geometry.base import as_problem, check_data, check_network
+from gradflow.geometry.hessian import dense_hessian, flat_hessian
 from gradflow.network import DeepLinear, left_products, right_products
 from gradflow.problem import Problem
 from gradflow.regularizers.averaged import layer_noises, output_moment
@@ -112,6 +113,7 @@ def sharpness(net: DeepLinear, data: Regression | Problem) -> Scalar:
 
     **Raises:** `ValueError` if the widths of network and data differ.
     """
+    data = as_problem(net, data)
     if net.num_parameters <= DENSE_SIZE:
         return jnp.linalg.eigvalsh(dense_hessian(net, data))[-1]
     still = flat_hessian(*jax.lax.stop_gradient((net, data)))
@@ -138,6 +140,7 @@ def extreme_eigenvalues(
 
     **Raises:** `ValueError` unless $1 \le k \le$ the number of parameters.
     """
+    data = as_problem(net, data)
     size = net.num_parameters
     if not 1 <= k <= size:
         raise ValueError(f"k must lie between 1 and the {size} parameters; got {k}.")
@@ -299,8 +302,11 @@ def end_to_end_kernel(
     On the minima manifold its spectrum is the nonzero spectrum of the Hessian; row-major vec.
     `data` may also be the second moment $S$ of the inputs.
     """
+    check_network(net)
     if isinstance(data, Problem):
         return kernel_of_root(net.weights, data.noisy_root)
+    if not eqx.is_array(data):
+        check_data(data)
     s = data.sxx if isinstance(data, Regression) else data
     return kernel_of_root(net.weights, _square_root(s))
 
@@ -323,7 +329,7 @@ def minima_spectrum(
 
     Exact where $P S^{1/2} = T S^{1/2}$, whatever the size of the hidden layers. The residual of the
     optimization phase decays no slower than $e^{-\lambda t}$ with the smallest of them that is not
-    zero (theory: exit rate of the optimization phase).
+    zero (docs/theory.md section 9).
 
     For a `Problem` the noise on the inputs is part of $S$. Penalties are not included: on the
     manifold weight decay adds its rate to each of these eigenvalues and to the zeros.

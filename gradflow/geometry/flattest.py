@@ -321,6 +321,10 @@ def _distance(one: Weights | list[Matrix], other: Weights | list[Matrix]) -> flo
 
 
 def _checked_widths(widths: Sequence[SupportsIndex], loss: OutputLoss) -> tuple[int, ...]:
+    if not isinstance(widths, Sequence) or not all(hasattr(w, "__index__") for w in widths):
+        raise TypeError(
+            f"widths must be those of all layers, input first, such as [2, 3, 2]; got {widths!r}."
+        )
     sizes = tuple(w.__index__() for w in widths)
     d_out, d_in = loss.y.shape
     if len(sizes) < 2 or min(sizes) < 1 or (sizes[0], sizes[-1]) != (d_in, d_out):

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from gradflow.data import Regression
+from gradflow.geometry.base import as_problem
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.regularizers.averaged import averaged_gradient
@@ -46,7 +47,8 @@ def hessian_vector_product(
 
     $$(H V)_i = A_i^\top\, dP\, S\, B_i^\top + dA_i^\top M B_i^\top + A_i^\top M\, dB_i^\top,$$
 
-    with $M = P S - Y$ and the changes $dA_i$, $dB_i$, $dP$ of the products under $V$ (theory
+    with $M = P S - Y$ and the changes $dA_i$, $dB_i$, $dP$ of the products under $V$
+    (docs/theory.md
     section 1). For a `Problem` the noise on the inputs is part of $S$ and penalties are added;
     noise inside the network has no such form and is differentiated automatically, exactly.
 
@@ -79,24 +81,10 @@ def dense_hessian(
     net: DeepLinear, data: Regression | Problem
 ) -> Float[Array, "parameters parameters"]:
     """The Hessian as a symmetric matrix, rows in the order of the layers."""
+    product = flat_hessian(net, data)
     unit = jnp.eye(net.num_parameters, dtype=net.weights[0].dtype)
-    matrix = jax.vmap(flat_hessian(net, data))(unit)
+    matrix = jax.vmap(product)(unit)
     return 0.5 * (matrix + matrix.T)
-
-
-def as_problem(net: DeepLinear, data: Regression | Problem) -> Problem:
-    """The data as a problem, checked to fit the network.
-
-    **Raises:** `ValueError` if the widths of network and data differ.
-    """
-    problem = data if isinstance(data, Problem) else Problem(data)
-    d_out, d_in = problem.data.syx.shape
-    if (net.widths[0], net.widths[-1]) != (d_in, d_out):
-        raise ValueError(
-            f"net: widths {net.widths} do not fit the data with {d_in} inputs and {d_out} targets; "
-            f"the first width must be {d_in} and the last {d_out}."
-        )
-    return problem
 
 
 def _linear_map(problem: Problem, weights: Weights) -> Callable[[Weights], Weights]:

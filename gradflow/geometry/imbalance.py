@@ -5,6 +5,7 @@ import itertools
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.geometry.base import check_network
 from gradflow.network import DeepLinear
 from gradflow.types import Scalar, Weights
 
@@ -15,11 +16,13 @@ def balancedness(net: DeepLinear) -> list[Float[Array, "_ _"]]:
     Gradient flow of any loss of the end-to-end matrix conserves every $G_i$; $\mathrm{tr}\, G_i =
     |W_{i+1}|^2 - |W_i|^2$ (Arora, Cohen, Hazan 2018; Du, Hu, Lee 2018). Empty at depth 1.
     """
+    check_network(net)
     return gram_differences(net.weights)
 
 
 def squared_norms(net: DeepLinear) -> Float[Array, " depth"]:
     r"""The squared Frobenius norms $(|W_1|^2, ..., |W_N|^2)$, `(N,)`."""
+    check_network(net)
     return jnp.stack([jnp.sum(w * w) for w in net.weights])
 
 

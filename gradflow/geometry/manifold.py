@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.data import Regression
-from gradflow.geometry.base import OutputLoss, output_loss
+from gradflow.geometry.base import OutputLoss, as_problem, check_double, output_loss
 from gradflow.geometry.curvature import kernel_of_root
 from gradflow.loss import pull_back, push_forward
 from gradflow.network import DeepLinear, end_to_end, left_products, right_products, widths_of
@@ -241,16 +241,10 @@ def why_singular(weights: Weights, loss: OutputLoss) -> str | None:
 def matched_loss(net: DeepLinear, data: Regression | Problem) -> OutputLoss:
     """`output_loss` of data that fit the network.
 
-    **Raises:** `ValueError` if the widths of network and data differ.
+    **Raises:** `ValueError` if the widths of network and data differ, or in single precision.
     """
-    loss = output_loss(data)
-    d_out, d_in = loss.y.shape
-    if net.widths[0] != d_in or net.widths[-1] != d_out:
-        raise ValueError(
-            f"net: widths {net.widths} do not fit the data with {d_in} inputs and {d_out} targets; "
-            f"the first width must be {d_in} and the last {d_out}."
-        )
-    return loss
+    check_double(net, "geometry on the minima manifold")
+    return output_loss(as_problem(net, data))
 
 
 def nearest_minimum(net: DeepLinear, data: Regression | Problem) -> DeepLinear:
@@ -294,7 +288,8 @@ def distance_to_manifold(net: DeepLinear, data: Regression | Problem) -> Scalar:
 
     **Raises:** as `nearest_minimum` does.
     """
-    return _norm(_minus(net.weights, nearest_minimum(net, data).weights))
+    nearest = nearest_minimum(net, data)
+    return _norm(_minus(net.weights, nearest.weights))
 
 
 _STATIONARY = 1e-8

@@ -9,6 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from matfree import decomp
 
 from gradflow.data import Regression
+from gradflow.geometry.base import as_problem
 from gradflow.geometry.curvature import LARGEST_DENSE_HESSIAN, never_invariant
 from gradflow.geometry.hessian import dense_hessian, flat_hessian
 from gradflow.network import DeepLinear
@@ -73,6 +74,7 @@ def hessian_spectrum(net: DeepLinear, data: Regression | Problem) -> Float[Array
     **Raises:** `ValueError` if the widths of network and data differ, or beyond
     `LARGEST_DENSE_HESSIAN` parameters.
     """
+    data = as_problem(net, data)
     if net.num_parameters > LARGEST_DENSE_HESSIAN:
         raise ValueError(
             f"net: the dense Hessian of {net.num_parameters} parameters is too large (limit "

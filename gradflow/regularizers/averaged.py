@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from gradflow.data import Regression
 from gradflow.loss import moment_loss, pull_back
 from gradflow.network import end_to_end
+from gradflow.products import product
 from gradflow.regularizers.base import (
     AbstractActivationNoise,
     AbstractDataNoise,
@@ -54,7 +55,7 @@ def output_moment(
     s0: Float[Array, "d_in d_in"],
     noises: Sequence[AbstractLayerNoise],
 ) -> Float[Array, "d_out d_out"]:
-    r"""The second moment of the output, pushed through the layers (theory section 5).
+    r"""The second moment of the output, pushed through the layers (docs/theory.md section 5).
 
     $$C_l = W_l S_{l-1} W_l^\top + \mathrm{diag}(V_l\, \mathrm{diag}\, S_{l-1}), \qquad
       S_l = C_l + \alpha_l\, \mathrm{diag}\, C_l,$$
@@ -92,7 +93,7 @@ def moment_gradient(
     it.
     """
     if not noises:
-        return pull_back(weights, end_to_end(weights) @ s0 - syx)
+        return pull_back(weights, product(end_to_end(weights), s0) - syx)
 
     def expected(w: Weights) -> Scalar:
         return 0.5 * jnp.trace(output_moment(w, s0, noises)) - jnp.sum(end_to_end(w) * syx)

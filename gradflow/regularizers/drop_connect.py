@@ -24,7 +24,8 @@ class DropConnect(AbstractWeightNoise):
 
     All rows of a step share the mask. The expected loss follows from the recursion
     $S_l = W_l S_{l-1} W_l^\top + \alpha\, \mathrm{diag}(W_l^{\odot 2}\, \mathrm{diag}\, S_{l-1})$
-    with $\alpha = p/(1-p)$ (theory section 5). Its flow conserves the diagonal of every $G_i$,
+    with $\alpha = p/(1-p)$
+    (docs/theory.md section 5). Its flow conserves the diagonal of every $G_i$,
     hence the imbalance. (Wan et al. 2013.)
 
     **Arguments:**

@@ -27,7 +27,7 @@ class Dropout(AbstractActivationNoise):
     $$R = \tfrac{\alpha}{2} \sum_k |W_2[:, k]|^2\, (W_1 S W_1^\top)_{kk}$$
 
     at depth 2, and for any depth what the recursion $S_l = C_l + \alpha\, \mathrm{diag}\, C_l$ adds
-    (theory section 5). Its flow conserves the diagonal of every $G_i$, hence the imbalance.
+    (docs/theory.md section 5). Its flow conserves the diagonal of every $G_i$, hence the imbalance.
     (Srivastava et al. 2014; Mianjy, Arora, Vidal 2018.)
 
     **Arguments:**

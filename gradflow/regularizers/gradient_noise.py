@@ -15,8 +15,8 @@ class GradientNoise(AbstractGradientNoise):
 
     A step of descent moves every weight by $h s\,\xi$, the stochastic flow by $\sqrt h\, s\, dB$.
     The expected loss does not change. The noise knows nothing of the network, so imbalance does not
-    decay by it: $G_i$ drifts by $h s^2 (d_{i+1} - d_{i-1})\, I$ per unit of flow time (theory
-    section 5).
+    decay by it: $G_i$ drifts by $h s^2 (d_{i+1} - d_{i-1})\, I$ per unit of flow time
+    (docs/theory.md section 5).
 
     **Arguments:**
 

@@ -21,7 +21,8 @@ class InputNoise(AbstractDataNoise):
 
     The expected loss is $L + \tfrac{\sigma^2}{2} |P|^2$ (Bishop 1995); its flow conserves every
     $G_i$, so imbalance decays by the noise of the gradient alone. The covariance of the sample
-    gradient $(e + P\xi)(x + \xi)^\top$ is exact to all orders in $\sigma$ (theory section 5).
+    gradient $(e + P\xi)(x + \xi)^\top$ is exact to all orders in $\sigma$
+    (docs/theory.md section 5).
 
     On population data without `Minibatch` there are no rows to perturb: the sampled gradient then
     has the exact mean and covariance and Gaussian shape.

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from gradflow.data import Regression
 from gradflow.loss import pull_back
+from gradflow.products import product
 from gradflow.regularizers.averaged import (
     add_penalties,
     input_moment,
@@ -178,7 +179,7 @@ def _from_moments(
 ) -> Weights:
     regularizers = [r for r, _ in pairs]
     normals = tuple(d for r, d in pairs if isinstance(r, AbstractDataNoise))
-    mean = moments.p @ input_moment(data, regularizers) - data.syx
+    mean = product(moments.p, input_moment(data, regularizers)) - data.syx
     return pull_back(weights, mean + end_to_end_increment(regularizers, moments, normals))
 
 
@@ -189,8 +190,8 @@ def _from_rows(data: Regression, pairs: Pairs, weights: Weights, moments: NoiseM
     x, y = _noisy_rows(pairs, *rows[0])
     if any(isinstance(r, AbstractActivationNoise) for r, _ in pairs):
         return jax.grad(_noisy_loss)(weights, pairs, x, y)
-    errors = x @ moments.p.T - y
-    return pull_back(weights, errors.T @ x / x.shape[0])
+    errors = product(x, moments.p, (1, 1)) - y
+    return pull_back(weights, product(errors, x, (0, 0)) / x.shape[0])
 
 
 def _from_pseudo_row(

@@ -27,7 +27,8 @@ class WeightNoise(AbstractWeightNoise):
     $$\bar L = L + \tfrac{\sigma^2}{2} \mathrm{tr} H + \tfrac{\sigma^4}{2} d_1 d_2\, \mathrm{tr} S$$
 
     at depth 2 and $L + \tfrac{\sigma^2}{2} \mathrm{tr} H + O(\sigma^4)$ beyond; the recursion
-    $S_l = W_l S_{l-1} W_l^\top + \sigma^2\, \mathrm{tr} S_{l-1}\, I$ is exact (theory section 5).
+    $S_l = W_l S_{l-1} W_l^\top + \sigma^2\, \mathrm{tr} S_{l-1}\, I$ is exact
+    (docs/theory.md section 5).
 
     With `anticorrelated=True` the noise stays in the weights,
     $W_{k+1} = W_k - h\, g(W_k) + \sigma (\xi_{k+1} - \xi_k)$ with $\xi_0 = 0$ (anti-PGD; Orvieto et

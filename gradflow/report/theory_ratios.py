@@ -21,6 +21,10 @@ TITLE = "Rates against theory"
 FEWEST = 3
 """Different values of h lambda that a group needs: fewer show no trend."""
 
+_SIZE, _WIDER = 6.0, 4.0
+"""Diameter of the marks of the last group, and by how much those of each earlier one are wider, so
+that they show around it where both lie on the same point."""
+
 _WIDE = 8.0
 """Ratio of the largest to the smallest value above which an axis is logarithmic."""
 
@@ -74,9 +78,9 @@ def draw_theory_ratios(result: StudyResult) -> Drawing | None:
     axes = figure.add_subplot()
     drawn = [
         point
-        for rows in chosen.values()
+        for above, rows in zip(range(len(chosen))[::-1], chosen.values(), strict=True)
         for theory in (_LEADING, _FINITE)
-        for point in _draw_line(axes, rows, theory)
+        for point in _draw_line(axes, rows, theory, _SIZE + _WIDER * above)
     ]
     _set_axes(axes, drawn)
     axes.set_xlabel(axis_label("step size times sharpness where the phase starts, h \u03bb", "1"))
@@ -117,8 +121,8 @@ def _ratio(h_lambda: float, measured: Measured, predicted: Measured) -> _Point:
     return _Point(h_lambda, ratio, error)
 
 
-def _draw_line(axes: Axes, rows: Sequence[TheoryRow], theory: _Theory) -> list[_Point]:
-    """Draws the points of a group for one theory, and returns them."""
+def _draw_line(axes: Axes, rows: Sequence[TheoryRow], theory: _Theory, size: float) -> list[_Point]:
+    """Draws the points of a group for one theory, with marks of a size, and returns them."""
     points = _points(rows, theory)
     x, y, error = (
         np.array([getattr(p, k) for p in points]) for k in ("h_lambda", "ratio", "error")
@@ -131,7 +135,7 @@ def _draw_line(axes: Axes, rows: Sequence[TheoryRow], theory: _Theory) -> list[_
         y,
         linestyle="none",
         marker=theory.marker,
-        markersize=6.5,
+        markersize=size,
         markerfacecolor=colour if theory.is_filled else "white",
         markeredgecolor="white" if theory.is_filled else colour,
         markeredgewidth=0.8 if theory.is_filled else 1.4,
@@ -148,7 +152,7 @@ def _handle(theory: _Theory) -> Artist:
         lw=1.0,
         linestyle=theory.dashes,
         marker=theory.marker,
-        markersize=6.5,
+        markersize=_SIZE,
         markerfacecolor=MUTED if theory.is_filled else "white",
         markeredgecolor="white" if theory.is_filled else MUTED,
         label=f"over the prediction of {theory.name}",

@@ -3,7 +3,14 @@
 import math
 from dataclasses import dataclass
 
-from gradflow.report.against_theory import Compared, Measured, TheoryRow, Verdict, theory_rows
+from gradflow.report.against_theory import (
+    CHANGES,
+    Compared,
+    Measured,
+    TheoryRow,
+    Verdict,
+    theory_rows,
+)
 from gradflow.report.formatting import number, with_error
 from gradflow.study.results import StudyResult
 
@@ -72,6 +79,8 @@ def _entry(value: Measured, name: str = "", verdict: Verdict | None = None) -> T
     text = with_error(value.value, value.error) if value.error > 0.0 else number(value.value)
     if verdict is None:
         return TheoryEntry(name, text)
+    if verdict.reason == CHANGES:
+        return TheoryEntry(name, text, verdict.word, (f"not compared: {CHANGES}",))
     size = f"SGD {_signed(100 * verdict.relative)}\u00a0%"
     if math.isfinite(verdict.sigmas):
         size += f", {_signed(verdict.sigmas)}\u00a0s.e."

@@ -1,5 +1,6 @@
 """Pieces that plug into diffrax."""
 
+from gradflow.solvers.dormand_prince import DormandPrince853 as DormandPrince853
 from gradflow.solvers.gauss_legendre import GaussLegendre as GaussLegendre
 from gradflow.solvers.grid_path import GridBrownianPath as GridBrownianPath
 from gradflow.solvers.resumable import ResumableController as ResumableController

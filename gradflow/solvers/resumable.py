@@ -5,6 +5,7 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -72,8 +73,15 @@ class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
         error_order: Any,
     ) -> tuple[Any, tuple[Any, Array]]:
         """The end of the first step, and the state (inner state, length of the next step)."""
-        chosen, inner = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
-        end = jnp.where(self.first_step > 0, t0 + self.first_step, chosen)
+
+        def begin(dt0: Any) -> tuple[Array, Any]:
+            end, inner = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
+            return jnp.asarray(end), jax.tree.map(jnp.asarray, inner)
+
+        # To choose a length takes two evaluations of the vector field, to be given one none.
+        end, inner = jax.lax.cond(
+            self.first_step > 0, lambda: begin(self.first_step), lambda: begin(dt0)
+        )
         return end, (inner, end - t0)
 
     def adapt_step_size(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scipy import stats
+from scipy.special import ndtri
 
 from gradflow.analysis.order_results import OrderRow
 from gradflow.study.measurement import Measurement
@@ -24,7 +24,7 @@ def measure_order(claim: ClaimSpec, result: OrdersResult) -> Measurement:
         why = "; ".join(f"{row.observable}: {row.status}, {row.reason}" for row in rows)
         raise ValueError(f"no order is resolved: {why}")
     row = min(resolved, key=lambda row: row.order)
-    error = (row.high - row.low) / (2 * float(stats.norm.ppf(0.5 + row.confidence / 2)))
+    error = (row.high - row.low) / (2 * float(ndtri(0.5 + row.confidence / 2)))
     interval = f"{100 * row.confidence:g}% in [{row.low:.3g}, {row.high:.3g}]"
     return Measurement(row.order, error, detail=f"{row.observable}: {interval}")
 

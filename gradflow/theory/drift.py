@@ -45,7 +45,7 @@ def expected_balancedness_drift(
     with $\bar g$ the averaged gradient (penalties included), $g_c$ the columns of the diffusion
     factor of the data noise pulled back and $v_i$ the variance of the noise on the gradient. Exact
     for one step of plain SGD (`discrete`) and for the generator of the SDE; with $h = 0$ it is
-    gradient flow (theory sections 3 to 6). Order 2 of the SDE has the second term too, and
+    gradient flow (docs/theory.md sections 3 to 6). Order 2 of the SDE has the second term too, and
     $-2 h \lambda^2 G_i$. SVAG has $h / l$ in the second term.
 
     **Arguments:**
@@ -62,22 +62,33 @@ def expected_balancedness_drift(
     check_outside(problem, "expected_balancedness_drift", INSTEAD)
     h = jnp.asarray(step_size)
     rate = total_decay(problem)
-    widths = widths_of(weights)
-    variances = gradient_noise_variances(problem, len(weights))
-    columns = jax.vmap(pull_back, in_axes=(None, 0))(weights, noise_columns(problem, weights))
-    noise = jax.vmap(gram_differences)(columns)
     balance = gram_differences(weights)
-    drift = []
-    for i, (g, z) in enumerate(zip(balance, noise, strict=True)):
-        isotropic = variances[i + 1] * widths[i + 2] - variances[i] * widths[i]
-        identity = jnp.eye(widths[i + 1], dtype=g.dtype)
-        drift.append(-2.0 * rate * g + h * (jnp.sum(z, axis=0) + isotropic * identity))
+    noise = noise_balancedness(problem, weights)
+    drift = [-2.0 * rate * g + h * z for g, z in zip(balance, noise, strict=True)]
     square, shrink = _mean_terms(h, discrete, order, amplification)
     if square is not None:
         mean = gram_differences(problem.averaged_gradient(weights))
         parts = zip(drift, mean, balance, strict=True)
         drift = [d + square * m - shrink * rate**2 * g for d, m, g in parts]
     return drift
+
+
+def noise_balancedness(problem: Problem, weights: Weights) -> list[Float[Array, "_ _"]]:
+    r"""What the noise on data and gradient adds to every $G_i$ per unit of flow time, over $h$.
+
+    $$\sum_c (g_{c,i+1}^\top g_{c,i+1} - g_{c,i}\, g_{c,i}^\top)
+      + (v_{i+1} d_{i+1} - v_i d_{i-1})\, I,$$
+
+    the last two terms of `expected_balancedness_drift`.
+    """
+    widths = widths_of(weights)
+    variances = gradient_noise_variances(problem, len(weights))
+    columns = jax.vmap(pull_back, in_axes=(None, 0))(weights, noise_columns(problem, weights))
+    total = []
+    for i, z in enumerate(jax.vmap(gram_differences)(columns)):
+        isotropic = variances[i + 1] * widths[i + 2] - variances[i] * widths[i]
+        total.append(jnp.sum(z, axis=0) + isotropic * jnp.eye(widths[i + 1], dtype=z.dtype))
+    return total
 
 
 def flow_balancedness_drift(weights: Weights, velocity: Weights) -> list[Float[Array, "_ _"]]:
@@ -88,7 +99,7 @@ def flow_balancedness_drift(weights: Weights, velocity: Weights) -> list[Float[A
     With $V = -\nabla \bar L$ (`Problem.averaged_gradient`) this is gradient flow under every
     regularizer. Noise on the data leaves $-2 \lambda G_i$; dropout and DropConnect conserve the
     diagonals alone; noise on the weights of a network of depth 2 gives
-    $2 \sigma^2 (d_2 W_1 S W_1^\top - \mathrm{tr}(S)\, W_2^\top W_2)$ (theory section 5).
+    $2 \sigma^2 (d_2 W_1 S W_1^\top - \mathrm{tr}(S)\, W_2^\top W_2)$ (docs/theory.md section 5).
     """
     upper = [w.T @ v for w, v in zip(weights[1:], velocity[1:], strict=True)]
     lower = [v @ w.T for w, v in zip(weights[:-1], velocity[:-1], strict=True)]

@@ -29,7 +29,7 @@ def slaved_residual(problem: Problem, weights: Weights) -> EndToEnd:
       \tilde K = \sum_i A_i A_i^\top \otimes B_i^\top B_i,$$
 
     the value at which the decay of $P$ and the pull of the data cancel (leading order in
-    $\lambda$; theory section 4).
+    $\lambda$; docs/theory.md section 4).
 
     **Raises:** `ValueError` for noise inside the network, which pulls at $P$ too.
     """
@@ -66,7 +66,8 @@ def noise_floor(
     r"""Expected excess loss in the regularization phase, $\tfrac12 \mathrm{tr} X$.
 
     Label noise on $n$ samples: $\tfrac{h s^2}{2 n} \sum_a \tfrac{\mu_a}{2 - h \mu_a} \approx
-    \tfrac{h s^2}{4 n} \mathrm{tr} H$ (theory section 9). Noise on the gradient, of variance $v$:
+    \tfrac{h s^2}{4 n} \mathrm{tr} H$
+    (docs/theory.md section 9). Noise on the gradient, of variance $v$:
     $\tfrac{h v}{2} \sum_a \tfrac{1}{2 - h \mu_a}$ over the directions in which $P$ can move.
 
     The arguments are those of `stationary_covariance`.

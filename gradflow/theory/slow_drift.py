@@ -3,7 +3,7 @@ r"""The slow drift: how the regularization phase moves along the minima manifold
 Let $\Phi_h(W)$ be the minimum that noise-free training reaches from $W$. It does not change along
 noise-free training, so its expected change in one step of training is made by the noise alone: the
 second derivative of $\Phi_h$ averaged over the noise (Katzenberger 1991 and Li, Wang, Arora 2022
-for $h \to 0$). Exact in the step size, leading order in the noise (theory section 7b).
+for $h \to 0$). Exact in the step size, leading order in the noise (docs/theory.md section 7b).
 """
 
 from collections.abc import Callable

@@ -7,6 +7,7 @@ from gradflow.geometry.base import output_loss
 from gradflow.geometry.imbalance import squared_norms
 from gradflow.network import DeepLinear, left_products, right_products
 from gradflow.problem import Problem
+from gradflow.theory.layer_numbers import is_mask
 from gradflow.theory.noise import check_outside
 from gradflow.theory.stationary import fluctuation, training_law
 from gradflow.types import Scalar, Weights
@@ -27,8 +28,8 @@ def fluctuation_share(
 
     with the stationary covariance $X$ of `stationary_covariance`. The slow flow is the leading
     order in this number: what it neglects is of this size relative to what it keeps, with a
-    factor that depends on the problem (0.9 to 3.6 for label noise on the scalar network of
-    depth 2 with $h \lambda_\mathrm{max}$ up to 0.9).
+    factor of order one that depends on the problem; and of the size of its root if the noise
+    `is_skewed`, through the third moments.
 
     **Arguments:** as for `slow_drift`.
     """
@@ -36,6 +37,12 @@ def fluctuation_share(
     state = fluctuation(problem, weights, law, feedback=finite_step)
     moved = jnp.sum(state.inverse_values * jnp.diag(state.covariance))
     return moved / jnp.sum(squared_norms(DeepLinear(weights)))
+
+
+def is_skewed(problem: Problem) -> bool:
+    """Whether the noise has third moments: batches of a finite sample, and masks."""
+    rows = problem.minibatch is not None and problem.data.x is not None
+    return rows or any(is_mask(r) for r in problem.layer_noise)
 
 
 def imbalance_variance_rate(problem: Problem, weights: Weights, step_size: ArrayLike) -> Scalar:

@@ -13,6 +13,7 @@ from reference import Layers
 from scipy.integrate import solve_ivp
 
 import gradflow as gf
+from gradflow.streams import Source
 
 WIDTHS = (3, 2, 3, 2)
 RATE = 0.15
@@ -157,8 +158,7 @@ def states_of(dynamics: gf.dynamics.HeavyBallFlow, times: np.ndarray, rate: floa
             state,
             start,
             stop,
-            jnp.zeros(2, jnp.uint32),
-            jnp.zeros(1, jnp.uint32),
+            Source(jnp.zeros(2, jnp.uint32), jnp.zeros(1, jnp.uint32)),
             block,
         )
     )

@@ -13,7 +13,7 @@ import training
 
 import gradflow as gf
 from gradflow.dynamics import svag
-from gradflow.streams import Stream
+from gradflow.streams import Source, Stream
 
 KEY = jax.random.key(11)
 WIDTHS = (2, 3, 2)
@@ -127,8 +127,7 @@ def first_substeps(problem: gf.Problem, amplification: int, paths: int) -> np.nd
             state,
             jnp.asarray(0),
             jnp.asarray(1),
-            jax.random.key_data(KEY),
-            jnp.arange(paths, dtype=jnp.uint32),
+            Source(KEY, jnp.arange(paths, dtype=jnp.uint32)),
             1,
         )
     )(state)

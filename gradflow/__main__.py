@@ -1,0 +1,5 @@
+"""`python -m gradflow` is the program `gradflow`."""
+
+from gradflow.cli import main
+
+main()

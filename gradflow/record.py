@@ -1,0 +1,119 @@
+"""What is kept of an ensemble on its way: its paths, or their statistics."""
+
+import abc
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from gradflow.memory import host_memory
+from gradflow.tally import Tally
+
+
+class Saved(NamedTuple):
+    """What is saved: observables by name, the layers if they are stored, and who is alive.
+
+    The arrays of a slice are `(rows, ..., R)`, those of a record `(R, T, ...)`.
+    """
+
+    observed: dict[str, Any]
+    weights: tuple[Any, ...]
+    alive: Any
+
+
+@dataclass
+class AbstractRecord(abc.ABC):
+    """What a run has kept so far: of the first `paths` paths at the first `times` saved times.
+
+    `end` says when and why a path stopped, if one did and its dynamics can tell.
+    """
+
+    total: int
+    length: int
+    paths: int = 0
+    times: int = 0
+    end: str | None = None
+
+    @property
+    @abc.abstractmethod
+    def lost(self) -> int:
+        """How many paths have diverged by the last time."""
+
+    @abc.abstractmethod
+    def write(self, rows: Saved, count: int, paths: slice, first_time: int) -> None:
+        """Keep the first `count` rows of a slice; a run may be interrupted at any moment of it."""
+
+
+@dataclass
+class PathRecord(AbstractRecord):
+    """Every path."""
+
+    saved: Saved | None = None
+
+    def write(self, rows: Saved, count: int, paths: slice, first_time: int) -> None:
+        """Copy the rows.
+
+        **Raises:** `MemoryError` if there is no room for all paths.
+        """
+
+        def empty(values: Array) -> np.ndarray:
+            return np.empty((self.total, self.length, *values.shape[1:-1]), values.dtype)
+
+        def copy(to: np.ndarray, values: Array) -> None:
+            by_path = np.moveaxis(np.asarray(values)[:count], -1, 0)
+            to[paths, first_time : first_time + count] = by_path[: paths.stop - paths.start]
+
+        if self.saved is None:
+            self._check_room(rows)
+            self.saved = jax.tree.map(empty, rows)
+        jax.tree.map(copy, self.saved, rows)
+        if paths.start == 0:
+            self.paths, self.times = paths.stop, first_time + count
+
+    @property
+    def lost(self) -> int:
+        """How many paths have diverged by the last time."""
+        return int((~self.finished().alive[:, -1]).sum())
+
+    def finished(self) -> Saved:
+        """What is filled of the arrays."""
+        return jax.tree.map(lambda values: values[: self.paths, : self.times], self.saved)
+
+    def _check_room(self, rows: Saved) -> None:
+        one = sum(math.prod(x.shape[1:-1]) * x.dtype.itemsize for x in jax.tree.leaves(rows))
+        needed, free = one * self.total * self.length, host_memory()
+        if needed > free:
+            raise MemoryError(
+                f"replicas={self.total}: what is saved of them at {self.length} times takes "
+                f"{needed / 2**30:.3g} GB and {free / 2**30:.3g} GB are free; save fewer times or "
+                'observables, or keep="statistics", which needs no memory for paths.'
+            )
+
+
+@dataclass
+class StatisticsRecord(AbstractRecord):
+    """Statistics over the paths of every chunk so far."""
+
+    tally: Tally = field(default_factory=lambda: Tally({}, 0))
+
+    @property
+    def lost(self) -> int:
+        """How many paths have diverged by the last time."""
+        return self.tally.lost[-1]
+
+    def write(self, rows: Saved, count: int, paths: slice, first_time: int) -> None:
+        """Count the paths of the rows."""
+        if not self.tally.times:
+            shapes = {name: x.shape[1:-1] for name, x in rows.observed.items()}
+            self.tally = Tally(shapes, self.length)
+        width = paths.stop - paths.start
+        observed = {name: np.asarray(x)[..., :width] for name, x in rows.observed.items()}
+        alive = np.asarray(rows.alive)[:, :width]
+        for i in range(count):
+            row = {name: np.moveaxis(x[i], -1, 0) for name, x in observed.items()}
+            self.tally.add(first_time + i, row, alive[i])
+        if paths.start == 0:
+            self.paths, self.times = paths.stop, first_time + count

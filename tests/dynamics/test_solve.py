@@ -1,0 +1,71 @@
+"""Flows as pure functions: inside compiled programs, sweeps and derivatives."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array
+
+import gradflow as gf
+from gradflow.types import Scalar
+
+TIMES = np.array([0.0, 0.3, 1.0, 2.5])
+NET = gf.DeepLinear([[[0.5, 0.2], [0.1, -0.4], [0.3, 0.3]], [[0.2, 0.6, -0.1]]])
+PROBLEM = gf.Problem(gf.Regression.whitened([[1.0, -0.5]]), [gf.InputNoise(0.2)])
+FLOWS = [gf.GradientFlow(), gf.HeavyBallFlow(0.1, 0.5)]
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda f: type(f).__name__)
+def test_gives_the_weights_of_simulate(flow: gf.AbstractDynamics):
+    run = gf.simulate(PROBLEM, NET, flow, t1=TIMES[-1], save=TIMES, observables=["loss"])
+    saved = eqx.filter_jit(flow.solve)(PROBLEM, NET, jnp.asarray(TIMES))
+    for layer, expected, start in zip(saved, run.weights, NET.weights, strict=True):
+        np.testing.assert_allclose(layer, expected, rtol=0.0, atol=1e-14)
+        np.testing.assert_array_equal(layer[0], start)
+
+
+def test_a_sweep_is_one_program():
+    scales = jnp.array([0.5, 1.0, 2.0])
+
+    def end(scale: Scalar) -> Array:
+        net = jax.tree.map(lambda w: scale * w, NET)
+        return FLOWS[0].solve(PROBLEM, net, jnp.asarray(TIMES))[0]
+
+    together = jax.jit(jax.vmap(end))(scales)
+    for scale, of_one in zip(scales, together, strict=True):
+        np.testing.assert_allclose(of_one, jax.jit(end)(scale), rtol=0.0, atol=1e-10)
+
+
+def test_can_be_differentiated():
+    """Depth 2, one number a layer, target 1: the derivative of the end with respect to w_1(0)."""
+    problem = gf.Problem(gf.Regression.whitened([[1.0]]))
+    flow, times = gf.GradientFlow(1e-11, 1e-13), jnp.array([0.4, 1.0])
+
+    def product(first: Scalar) -> Scalar:
+        net = gf.DeepLinear([first[None, None], [[0.4]]])
+        w1, w2 = flow.solve(problem, net, times)
+        return w1[-1, 0, 0] * w2[-1, 0, 0]
+
+    def closed_form(first: float) -> float:
+        """z = (w1 + w2)^2 is logistic between its roots 2 +- sqrt(4 + u^2), u = w1^2 - w2^2."""
+        u = first**2 - 0.4**2
+        spread = np.sqrt(4 + u**2)
+        high, low = 2 + spread, 2 - spread
+        start = (first + 0.4) ** 2
+        ratio = (start - high) / (start - low) * np.exp(-spread)
+        z = (high - low * ratio) / (1 - ratio)
+        return (z - u**2 / z) / 4
+
+    value, slope = jax.jit(jax.value_and_grad(product))(jnp.asarray(1.2))
+    np.testing.assert_allclose(value, closed_form(1.2), rtol=1e-10)
+    difference = (closed_form(1.2 + 1e-5) - closed_form(1.2 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(slope, difference, rtol=1e-8)
+
+
+def test_what_cannot_be_reached_is_nan():
+    net = gf.DeepLinear([[[1e200]], [[1e200]]])
+    problem = gf.Problem(gf.Regression.whitened([[1.0]]))
+    first, _ = eqx.filter_jit(FLOWS[0].solve)(problem, net, jnp.asarray(TIMES))
+    assert np.isfinite(first[0]).all()
+    assert np.isnan(first[1:]).all()
