@@ -8,13 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, Num, UInt32
 
 from gradflow.devices import Devices, along_last
-from gradflow.dynamics.base import AbstractDynamics, State, block_length
+from gradflow.dynamics.base import AbstractDynamics, State, begun, block_length
 from gradflow.dynamics.slow_flow import SlowFlow
-from gradflow.network import widths_of
 from gradflow.observables import Observable, observe
 from gradflow.problem import Problem
 from gradflow.progress import Report
@@ -32,6 +30,11 @@ GROWTH = 64
 MOST_ROWS = 256
 """Most saved times of a slice."""
 
+COMPILER = {"xla_cpu_prefer_vector_width": 512}
+"""A loop over random numbers has words of 32 and of 64 bits, and as many lanes as fit of the wider:
+with XLA's 256 bits half of each vector of narrow ones is empty. Processors without such vectors
+take two."""
+
 ROW_BYTES = 2**21
 """Memory for the saved times of a slice; a single one is saved whatever it takes."""
 
@@ -48,6 +51,7 @@ class Runner:
         plan: Schedule,
         report: Report | None,
         record: AbstractRecord,
+        shapes: Any,
     ):
         self._moving = problem, dynamics, tuple(observables), keep_weights
         self._marks = plan.marks
@@ -55,6 +59,7 @@ class Runner:
         self._report = report
         self._pace: _Pace | None = None
         self._record = record
+        self._shapes = shapes
 
     def run(self, weights: Weights, paths: slice, key: Any, normals: Normals | None) -> None:
         """Record some paths; `weights` may have more, which the devices take to equal parts."""
@@ -62,8 +67,8 @@ class Runner:
         marks, record = self._marks, self._record
         size = weights[0].shape[-1]
         devices = Devices.sharing(size)
-        block = block_length(dynamics.noise_shapes(problem, widths_of(weights)), size)
-        state = dynamics.init(problem, weights, block)
+        block = block_length(self._shapes, size)
+        state = begun(dynamics, problem, weights, self._shapes, block)
         layout = state_layout(state)
         key, numbers = jax.device_put((key, paths.start + np.arange(size, dtype=np.uint32)))
         source = Source(key, devices.placed(numbers, along_last(1)), normals)
@@ -115,20 +120,8 @@ class Runner:
 
 
 def state_layout(state: State) -> Any:
-    """How the state of an ensemble is divided: by paths, but for what all paths share.
-
-    Random numbers have an axis of steps before that of paths; alone it is shared.
-    """
-
-    def divided(leaf: Array) -> PartitionSpec:
-        return along_last(leaf.ndim)
-
-    def numbers(leaf: Array) -> PartitionSpec:
-        return divided(leaf) if leaf.ndim > 1 else PartitionSpec()
-
-    noise = jax.tree.map(numbers, state.noise)
-    whole = jax.tree.map(divided, state)
-    return eqx.tree_at(lambda s: s.noise, whole, noise, is_leaf=lambda x: x is None)
+    """How the state of an ensemble is divided: by paths."""
+    return jax.tree.map(lambda leaf: along_last(leaf.ndim), state)
 
 
 class _Moving(eqx.Module):
@@ -168,7 +161,7 @@ class _Moving(eqx.Module):
         return Saved(observed, weights if self.keep_weights else (), jnp.isfinite(weights[0][0, 0]))
 
 
-@eqx.filter_jit(donate="all-except-first")
+@eqx.filter_jit(donate="all-except-first", compiler_options=COMPILER)
 def _run_slice(fixed: tuple[_Moving, Any, Any], state: State) -> tuple[State, Saved]:
     """Go to `count` ends and save as many of them as there is memory for; to one end for 0.
 

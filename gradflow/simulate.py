@@ -158,7 +158,9 @@ def simulate(
     check_normals(normals, dynamics, problem, widths_of(layers))
     stored = sum(w.nbytes for w in layers) * total * plan.marks.size
     storing = stored <= STORED_BY_DEFAULT if store_weights is None else store_weights
-    size = min(total, _fitting(problem, dynamics, layers, total) if chunk is None else chunk)
+    shapes = dynamics.noise_shapes(problem, widths_of(layers))
+    held = (*layers, *jax.tree.leaves(shapes))
+    size = min(total, _fitting(held, total) if chunk is None else chunk)
 
     report = _reporter(progress, type(dynamics).__name__)
     began = time.monotonic()
@@ -166,13 +168,13 @@ def simulate(
     kind = PathRecord if keep == "paths" else StatisticsRecord
     record = kind(total, plan.marks.size)
     storing = storing and keep == "paths"
-    runner = Runner(problem, dynamics, chosen, storing, plan, report, record)
-    held = Devices.sharing(size).padded(size)
+    runner = Runner(problem, dynamics, chosen, storing, plan, report, record, shapes)
+    width = Devices.sharing(size).padded(size)
     try:
         for first in range(0, total, size):
             # All chunks are filled up to one size: they run the same program.
             paths = slice(first, min(first + size, total))
-            runner.run(_stacked(starts, first, held), paths, words, normals)
+            runner.run(_stacked(starts, first, width), paths, words, normals)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -319,10 +321,9 @@ def _stacked(starts: list[Weights], first: int, count: int) -> Weights:
     return jax.device_put(tuple(layers))
 
 
-def _fitting(problem: Problem, dynamics: AbstractDynamics, layers: Weights, total: int) -> int:
-    """How many paths are held at once, in chunks of about equal size."""
-    numbers = jax.tree.leaves(dynamics.noise_shapes(problem, widths_of(layers)))
-    held = sum(x.size * x.dtype.itemsize for x in (*layers, *numbers))
+def _fitting(arrays: Sequence[Any], total: int) -> int:
+    """How many paths, of such arrays each, are held at once, in chunks of about equal size."""
+    held = sum(x.size * x.dtype.itemsize for x in arrays)
     most = paths_at_once(held, jax.local_devices())
     return -(-total // -(-total // most))
 

@@ -15,6 +15,7 @@ import pytest
 import gradflow as gf
 from gradflow import jax_settings
 from gradflow.devices import Devices, along_last, sharers
+from gradflow.dynamics.base import begun
 from gradflow.runner import state_layout
 
 PROGRAM = """
@@ -145,37 +146,19 @@ def test_paths_are_rounded_up_to_equal_parts():
     assert devices.padded(6 * devices.count) == 6 * devices.count
 
 
-def test_the_step_sizes_of_a_schedule_are_shared():
-    """Also where a block has as many steps as there are paths."""
+def test_the_state_is_divided_by_paths():
+    """The step sizes of a schedule too, and where a block has as many steps as there are paths."""
     problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.5)])
     dynamics = gf.GradientDescent(lambda k: 0.1 / (1.0 + k), 0.9)
     weights = (jnp.ones((1, 1, 4)), jnp.ones((1, 1, 4)))
-    state = dynamics.init(problem, weights, 4)
+    state = begun(dynamics, problem, weights, dynamics.noise_shapes(problem, (1, 1, 1)), 4)
     layout = state_layout(state)
     normals, step_sizes = layout.noise
-    assert step_sizes == jax.P()
+    assert step_sizes == along_last(2)
     assert set(jax.tree.leaves(normals)) == {along_last(4)}
     assert layout.weights == layout.memory.velocity == (along_last(3),) * 2
     assert layout.limit == along_last(1)
     devices = Devices.sharing(4)
     placed = devices.placed(state, layout)
     assert placed.weights[0].sharding.shard_shape((1, 1, 4)) == (1, 1, 4 // devices.count)
-    assert placed.noise[1].sharding.shard_shape((4,)) == (4,)
-
-
-def test_every_device_applies_a_function_to_its_part():
-    devices = Devices.sharing(6)
-    offset = jnp.asarray(10.0)
-
-    def function(x: Any, whole: Any) -> Any:
-        assert x.shape == (2, 6 // devices.count)
-        return {"ours": x[0] + offset, "all": x + whole.sum()}
-
-    def results(shapes: Any) -> Any:
-        return jax.tree.map(lambda leaf: along_last(leaf.ndim), shapes)
-
-    run = jax.jit(devices.each(function, (along_last(2), jax.P()), results))
-    x = jnp.arange(12.0).reshape(2, 6)
-    found = run(x, jnp.ones(6))
-    np.testing.assert_array_equal(found["ours"], x[0] + 10.0)
-    np.testing.assert_array_equal(found["all"], x + 6.0)
+    assert placed.noise[1].sharding.shard_shape((4, 4)) == (4, 4 // devices.count)

@@ -79,6 +79,7 @@ def test_blocks_of_noise_do_not_matter(
 ):
     usual = simulate(dynamics, replicas=3)
     monkeypatch.setattr(base, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(base, "FEWEST_STEPS", 1)
     shapes = dynamics.noise_shapes(NOISY, (2, 3, 2))
     assert base.block_length(shapes, 3) < 4
     assert_same(usual, simulate(dynamics, replicas=3))
@@ -88,9 +89,11 @@ def test_blocks_fit_the_cache():
     shapes = DYNAMICS[0].noise_shapes(problem_of(gf.LabelNoise(0.5)), (2, 3, 2))
     per_step = 4 * 8  # normals of a 2 x 2 end-to-end gradient
     assert base.block_length(shapes, 1) == 256
-    for paths in (1000, 3000, 10_000):
+    for paths in (1000, 3000):
         block = base.block_length(shapes, paths)
         assert base.BLOCK_BYTES / 2 < block * per_step * paths <= base.BLOCK_BYTES
+    assert base.block_length(shapes, 100_000) == base.FEWEST_STEPS
+    assert base.block_length(shapes, 10**6) * per_step * 10**6 <= base.MOST_BYTES
     assert base.block_length(shapes, 10**9) == 1
 
 
@@ -157,7 +160,7 @@ def test_the_state_is_given_back_to_the_next_step():
     dynamics = DYNAMICS[0]
     weights = tuple(jnp.stack([w, w], axis=-1) for w in NET.weights)
     devices = Devices.sharing(2)
-    state = dynamics.init(NOISY, weights, 4)
+    state = base.begun(dynamics, NOISY, weights, dynamics.noise_shapes(NOISY, NET.widths), 4)
     layout = RUNNER.state_layout(state)
     state = devices.placed(state, layout)
     before = [*state.weights, *jax.tree.leaves(state.noise)]

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 from compiled import compiled
 
-from gradflow.streams import Stream, _multiply_high, _threefry
+from gradflow.streams import Stream, _multiply_high, threefry
 
 KEY = jax.random.key(7)
 
@@ -35,7 +35,7 @@ def stream(steps, paths, key=KEY):
 )
 def test_threefry_gives_its_published_answers(key, counter, expected):
     """The known-answer vectors of Random123 for Threefry-2x32 with 20 rounds."""
-    words = _threefry(
+    words = threefry(
         jnp.array(key, jnp.uint32),
         jnp.array([counter[0]], jnp.uint32),
         jnp.array([counter[1]], jnp.uint32),

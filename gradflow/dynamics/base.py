@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.network import widths_of
 from gradflow.problem import Problem
+from gradflow.products import in_groups, paths_together
 from gradflow.streams import Source
 from gradflow.types import Scalar, Weights
 
@@ -19,6 +21,13 @@ DIVERGENCE_FACTOR = 1e12
 
 BLOCK_BYTES = 2**22
 """Noise drawn at once: about the size of the second-level cache."""
+
+FEWEST_STEPS = 16
+"""Steps of noise drawn at once though they do not fit there: every group of paths is read from
+memory and started anew for every block."""
+
+MOST_BYTES = 2**26
+"""Noise drawn at once at most."""
 
 
 class State(eqx.Module):
@@ -60,8 +69,8 @@ class AbstractDynamics(eqx.Module):
         """Raise or warn, before anything is computed, about what cannot go well."""
 
     @abc.abstractmethod
-    def init(self, problem: Problem, weights: Weights, block: int) -> State:
-        """The state at mark 0 of an ensemble; `weights` end in the path axis."""
+    def init(self, problem: Problem, weights: Weights) -> State:
+        """The state at mark 0 of an ensemble, without noise; `weights` end in the path axis."""
 
     @abc.abstractmethod
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
@@ -107,12 +116,16 @@ def bury(weights: Weights, limit: Scalar) -> Weights:
 
 
 def block_length(shapes: Any, paths: int) -> int:
-    """Steps of noise drawn at once so that a block fits the cache: a power of two, 1 to 256."""
+    """Steps of noise drawn at once: a power of two up to 256.
+
+    As many as fit the cache, or at least 16 of them if they fit into 64 MB.
+    """
     per_step = sum(
         int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)
     )
-    fitting = BLOCK_BYTES // max(per_step * paths, 1)
-    return int(2 ** np.clip(np.floor(np.log2(max(fitting, 1))), 0, 8))
+    cached, held = (most // max(per_step * paths, 1) for most in (BLOCK_BYTES, MOST_BYTES))
+    fitting = max(cached, min(held, FEWEST_STEPS), 1)
+    return int(2 ** np.clip(np.floor(np.log2(fitting)), 0, 8))
 
 
 def advance_in_blocks(
@@ -125,12 +138,15 @@ def advance_in_blocks(
 ) -> State:
     """Step from `start` to `stop`, drawing noise at every multiple of `block`.
 
+    Every group of paths takes the steps of a block by itself, so that its layers stay in the cache.
+
     **Arguments:**
 
     - `draw`: the random numbers of the block that starts at the given step.
-    - `run`: the state after the steps `first` to `last` (excluded) *within* the current block,
-        whose noise is `state.noise`.
+    - `run`: the state of a group of paths after the steps `first` to `last` (excluded) *within*
+        the current block, whose noise is `state.noise`.
     """
+    together = paths_together(widths_of(state.weights), state.limit.size)
 
     def unfinished(carry: tuple[Array, State]) -> Array:
         step, state = carry
@@ -142,11 +158,25 @@ def advance_in_blocks(
         noise = jax.lax.cond(first == 0, lambda: draw(step), lambda: state.noise)
         state = eqx.tree_at(lambda s: s.noise, state, noise, is_leaf=lambda x: x is None)
         last = jnp.minimum(block, first + stop - step)
-        return step + last - first, run(state, first, last)
+
+        def of_group(group: State) -> tuple[Weights, Any]:
+            moved = run(group, first, last)
+            return moved.weights, moved.memory
+
+        weights, memory = in_groups(of_group, state, together)
+        return step + last - first, State(weights, memory, noise, state.limit)
 
     return jax.lax.while_loop(unfinished, one_block, (start, state))[1]
 
 
-def empty_noise(shapes: Any, block: int, paths: int) -> Any:
-    """A block of zeros to carry before the first draw."""
-    return jax.tree.map(lambda leaf: jnp.zeros((block, *leaf.shape, paths), leaf.dtype), shapes)
+def begun(
+    dynamics: AbstractDynamics, problem: Problem, weights: Weights, shapes: Any, block: int
+) -> State:
+    """The state at mark 0 with room for a block of noise of the given shapes."""
+    state = dynamics.init(problem, weights)
+    paths = state.limit.size
+
+    def empty(leaf: Any) -> Array:
+        return jnp.zeros((block, *leaf.shape, paths), leaf.dtype)
+
+    return State(state.weights, state.memory, jax.tree.map(empty, shapes), state.limit)

@@ -15,7 +15,6 @@ from gradflow.dynamics.base import (
     advance_in_blocks,
     bury,
     divergence_limit,
-    empty_noise,
     over_paths,
 )
 from gradflow.dynamics.layers import added, minus_scaled, over_all_paths, penalty_gradient
@@ -138,11 +137,8 @@ class GradientDescent(AbstractDynamics):
         if self.path_substeps > 1:
             check_gaussian("GradientDescent.path_substeps", self.path_substeps, problem)
 
-    def init(self, problem: Problem, weights: Weights, block: int) -> State:
+    def init(self, problem: Problem, weights: Weights) -> State:
         """Start with the velocity asked for and a fresh optimizer."""
-        paths = weights[0].shape[-1]
-        noise = empty_noise(self.noise_shapes(problem, widths_of(weights)), block, paths)
-        step_sizes = None if self.schedule is None else jnp.zeros((block,), self.step_size.dtype)
         velocity = None
         if self.momentum is not None:
             velocity = over_all_paths(self.velocity, weights)
@@ -153,11 +149,13 @@ class GradientDescent(AbstractDynamics):
             optimizer = jax.tree.map(jnp.copy, fresh)
         shift = over_all_paths(None, weights) if problem.has_weight_shift else None
         memory = _Memory(velocity, optimizer, shift)
-        return State(weights, memory, (noise, step_sizes), divergence_limit(weights))
+        return State(weights, memory, (), divergence_limit(weights))
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
-        """What one draw of the problem's regularizers takes."""
-        return shapes_of_one(lambda stream: problem.draw(stream, widths))
+        """What one draw of the problem's regularizers takes, and the step size of a schedule."""
+        scheduled = jax.ShapeDtypeStruct((), self.step_size.dtype)
+        draws = shapes_of_one(lambda stream: problem.draw(stream, widths))
+        return draws, None if self.schedule is None else scheduled
 
     def advance(
         self,
@@ -176,19 +174,19 @@ class GradientDescent(AbstractDynamics):
             noise = drawn_on_grid(problem, source.at(steps), widths, self.path_substeps)
             if self.schedule is None:
                 return noise, None
-            return noise, scheduled_step_sizes(self.schedule, steps)
+            step_sizes = scheduled_step_sizes(self.schedule, steps)
+            return noise, jnp.broadcast_to(step_sizes[:, None], (block, source.paths.size))
 
         def run(state: State, first: Array, last: Array) -> State:
-            def one(j: Array, carry: tuple[Weights, Any]) -> tuple[Weights, Any]:
-                noise, scheduled = at_step(state.noise, j)
+            def step(
+                weights: Weights, memory: _Memory, limit: Scalar, numbers: tuple[Any, Any]
+            ) -> tuple[Weights, _Memory]:
+                noise, scheduled = numbers
                 h = self.step_size if scheduled is None else scheduled
+                return self._step(problem, weights, memory, limit, noise, h)
 
-                def step(
-                    weights: Weights, memory: _Memory, limit: Scalar, noise: Any
-                ) -> tuple[Weights, _Memory]:
-                    return self._step(problem, weights, memory, limit, noise, h)
-
-                return over_paths(step)(*carry, state.limit, noise)
+            def one(j: Array, carry: tuple[Weights, Any]) -> tuple[Weights, Any]:
+                return over_paths(step)(*carry, state.limit, at_step(state.noise, j))
 
             weights, memory = jax.lax.fori_loop(first, last, one, (state.weights, state.memory))
             return State(weights, memory, state.noise, state.limit)

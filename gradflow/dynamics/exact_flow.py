@@ -77,7 +77,7 @@ class ExactFlow(AbstractDynamics):
         """Raise a `ValueError` that says why no form applies, if none does."""
         self._chosen(problem, _starts(weights))
 
-    def init(self, problem: Problem, weights: Weights, block: int) -> State:
+    def init(self, problem: Problem, weights: Weights) -> State:
         """Remember the start; every mark is computed from it."""
         starts = _starts(weights)
         form = self._chosen(problem, starts)

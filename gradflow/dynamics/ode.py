@@ -61,7 +61,7 @@ class AbstractOdeFlow(AbstractDynamics):
         """False: it has no noise of its own."""
         return False
 
-    def init(self, problem: Problem, weights: Weights, block: int) -> State:
+    def init(self, problem: Problem, weights: Weights) -> State:
         """Start with a first step of the solver's choice."""
         return _start(self, problem, weights)
 
@@ -94,7 +94,7 @@ class AbstractOdeFlow(AbstractDynamics):
 
         **Returns:** the weights, NaN from the first time that could not be reached.
         """
-        state = self.init(problem, tuple(w[..., None] for w in net.weights), block=1)
+        state = self.init(problem, tuple(w[..., None] for w in net.weights))
 
         def go(before: tuple[State, Array], stop: Array) -> tuple[tuple[State, Array], Weights]:
             state, start = before

@@ -174,7 +174,7 @@ class SlowFlow(AbstractDynamics):
                 stacklevel=3,
             )
 
-    def init(self, problem: Problem, weights: Weights, block: int) -> State:
+    def init(self, problem: Problem, weights: Weights) -> State:
         """Start at the minima that the optimization phase reaches."""
         distinct, which = self._minima(problem, weights)
         stacked = tuple(jnp.stack(layers, axis=-1) for layers in zip(*distinct, strict=True))

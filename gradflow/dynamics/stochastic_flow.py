@@ -14,7 +14,6 @@ from gradflow.dynamics.base import (
     State,
     advance_in_blocks,
     divergence_limit,
-    empty_noise,
 )
 from gradflow.dynamics.layers import penalty_gradient
 from gradflow.dynamics.modified_flow import is_reshuffled
@@ -154,11 +153,9 @@ class StochasticFlow(AbstractDynamics):
                 stacklevel=3,
             )
 
-    def init(self, problem: Problem, weights: Weights, block: int) -> State:
+    def init(self, problem: Problem, weights: Weights) -> State:
         """Start at `weights`."""
-        shapes = self.noise_shapes(problem, widths_of(weights))
-        noise = empty_noise(shapes, block, weights[0].shape[-1])
-        return State(weights, (), noise, divergence_limit(weights))
+        return State(weights, (), (), divergence_limit(weights))
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """What one grid step takes: normals of the factor and of Levy areas, or a draw."""

@@ -14,7 +14,6 @@ from gradflow.dynamics.base import (
     advance_in_blocks,
     bury,
     divergence_limit,
-    empty_noise,
     over_paths,
 )
 from gradflow.dynamics.layers import minus_scaled
@@ -101,11 +100,9 @@ class SVAG(AbstractDynamics):
                     f"{fix} or GradientDescent."
                 )
 
-    def init(self, problem: Problem, weights: Weights, block: int) -> State:
+    def init(self, problem: Problem, weights: Weights) -> State:
         """Start at `weights`."""
-        shapes = self.noise_shapes(problem, widths_of(weights))
-        noise = empty_noise(shapes, block, weights[0].shape[-1])
-        return State(weights, (), noise, divergence_limit(weights))
+        return State(weights, (), (), divergence_limit(weights))
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """What the draws of one substep take."""

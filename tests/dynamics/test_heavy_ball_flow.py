@@ -151,7 +151,7 @@ def charges(weights: Layers, velocity: Layers) -> list[np.ndarray]:
 def states_of(dynamics: gf.dynamics.HeavyBallFlow, times: np.ndarray, rate: float):
     """Weights and velocities of the flow at the times, layers (time, d_i, d_{i-1})."""
     problem, block = problem_of(rate), 1
-    state = dynamics.init(problem, tuple(jnp.asarray(w)[..., None] for w in START), block)
+    state = dynamics.init(problem, tuple(jnp.asarray(w)[..., None] for w in START))
     advance = jax.jit(
         lambda state, start, stop: dynamics.advance(
             problem,

@@ -13,6 +13,7 @@ import training
 
 import gradflow as gf
 from gradflow.dynamics import svag
+from gradflow.dynamics.base import begun
 from gradflow.streams import Source, Stream
 
 KEY = jax.random.key(11)
@@ -120,7 +121,8 @@ def first_substeps(problem: gf.Problem, amplification: int, paths: int) -> np.nd
     """The displacement in the first substep of many paths, `(paths, entries)`."""
     dynamics = SVAG(H, amplification)
     weights = tuple(jnp.repeat(jnp.asarray(w)[..., None], paths, -1) for w in start())
-    state = dynamics.init(problem, weights, 1)
+    shapes = dynamics.noise_shapes(problem, WIDTHS)
+    state = begun(dynamics, problem, weights, shapes, 1)
     after = jax.jit(
         lambda state: dynamics.advance(
             problem,
