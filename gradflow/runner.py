@@ -13,8 +13,10 @@ from jaxtyping import Array, Int, Num, UInt32
 from gradflow.devices import Devices, along_last
 from gradflow.dynamics.base import AbstractDynamics, State, begun, block_length
 from gradflow.dynamics.slow_flow import SlowFlow
+from gradflow.network import widths_of
 from gradflow.observables import Observable, observe
 from gradflow.problem import Problem
+from gradflow.products import in_groups, paths_together
 from gradflow.progress import Report
 from gradflow.record import AbstractRecord, Saved
 from gradflow.schedule import Schedule
@@ -157,8 +159,13 @@ class _Moving(eqx.Module):
 
     def saved(self, weights: Weights) -> Saved:
         """What is saved of an ensemble at one time."""
-        observed = observe(self.observables, weights, self.problem, self.dynamics)
-        return Saved(observed, weights if self.keep_weights else (), jnp.isfinite(weights[0][0, 0]))
+
+        def of_group(group: Weights) -> dict[str, Any]:
+            return observe(self.observables, group, self.problem, self.dynamics)
+
+        alive = jnp.isfinite(weights[0][0, 0])
+        observed = in_groups(of_group, weights, paths_together(widths_of(weights), alive.size))
+        return Saved(observed, weights if self.keep_weights else (), alive)
 
 
 @eqx.filter_jit(donate="all-except-first", compiler_options=COMPILER)
