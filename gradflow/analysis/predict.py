@@ -109,7 +109,7 @@ def predict(
     check_problem(problem)
     check_network(net)
     check_widths(net, problem)
-    check_double(net, "predict")
+    check_double(net.weights, "predict")
     dynamics = _as_dynamics(dynamics, momentum, decay)
     with announced("predicting (compiled at the first call)"):
         return _predicted(_Run(problem, net, dynamics, eps))

@@ -154,7 +154,7 @@ class SlowFlow(AbstractDynamics):
 
     def check(self, problem: Problem, weights: Weights) -> None:
         """Raise where training does not settle at a stable minimum, warn where it hardly does."""
-        check_double(DeepLinear(tuple(w[..., 0] for w in weights)), "SlowFlow")
+        check_double(weights, "SlowFlow")
         if is_reshuffled(problem):
             raise ValueError(
                 "Minibatch.reshuffled=True correlates the steps of an epoch, so the slow flow of "

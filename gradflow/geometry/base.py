@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 from gradflow.data import Regression
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.types import EndToEnd
+from gradflow.types import EndToEnd, Weights
 
 
 class OutputLoss(eqx.Module):
@@ -80,11 +80,11 @@ def check_widths(net: DeepLinear, problem: Problem) -> None:
         )
 
 
-def check_double(net: DeepLinear, what: str) -> None:
+def check_double(weights: Weights, what: str) -> None:
     """Raise a `ValueError` for weights in single precision, which cannot reach the manifold."""
-    if net.weights[0].dtype.itemsize < 8:
+    if weights[0].dtype.itemsize < 8:
         raise ValueError(
-            f"net: {what} needs double precision, but the weights are {net.weights[0].dtype}: the "
+            f"net: {what} needs double precision, but the weights are {weights[0].dtype}: the "
             "minima manifold is reached to 1e-10. Run without GRADFLOW_X64=0."
         )
 

@@ -243,8 +243,9 @@ def matched_loss(net: DeepLinear, data: Regression | Problem) -> OutputLoss:
 
     **Raises:** `ValueError` if the widths of network and data differ, or in single precision.
     """
-    check_double(net, "geometry on the minima manifold")
-    return output_loss(as_problem(net, data))
+    problem = as_problem(net, data)
+    check_double(net.weights, "geometry on the minima manifold")
+    return output_loss(problem)
 
 
 def nearest_minimum(net: DeepLinear, data: Regression | Problem) -> DeepLinear:

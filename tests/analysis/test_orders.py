@@ -534,17 +534,17 @@ def test_pairs_of_which_one_diverges_are_counted_and_their_step_size_left_out():
 
 
 def test_errors_of_an_integrator_are_seen_where_they_grow():
-    """Near a saddle the error of a loose integrator is forty times ten of its tolerances."""
+    """Near a saddle the error of a loose integrator is several of its tolerances."""
     net = gf.DeepLinear([[[1e-7]], [[1.01e-7]]])
     found = gf.orders(
         gf.Problem(gf.Regression.whitened([[1.0]])),
         net,
         gf.GradientDescent(0.1),
-        gf.ModifiedFlow(0.1, 2, 1e-6, 1e-8),
+        gf.ModifiedFlow(0.1, 2, 1e-3, 1e-8),
         [0.1, 0.05, 0.025, 0.0125],
         t1=16.0,
         observables=["end_to_end"],
     )
     (points,) = [p for p in found.points if p.observable == "end_to_end"]
-    assert points.resolution.min() > 1e-4
+    assert points.resolution.min() > 1.2e-3 and points.resolution.max() > 3e-3
     assert not any(row.resolved and row.observable == "end_to_end" for row in found.rows)

@@ -87,7 +87,9 @@ def test_a_claim_chooses_the_theory_of_its_prediction():
     for name in ("optimization_end", "optimization_rate", "separation"):
         for theory, law in predicted.laws.items():
             assert expected(name, theory) == getattr(law, name)
-    assert expected("separation", "leading_order") > 1.2 * expected("separation", "finite_step")
+    assert expected("separation", "leading_order") == pytest.approx(4.25 / small, rel=1e-6)
+    residual = -math.log1p(-0.1 * 4.25) / 0.1  # the residual falls by 1 - h lambda in each step
+    assert expected("separation", "finite_step") == pytest.approx(residual / a_step, rel=1e-6)
     ratio = measure("predicted_ratio", run, of="rate", theory="leading_order", window=[0, 1])
     assert ratio.value == pytest.approx(1 / small, rel=1e-6)
     without = dataclasses.replace(run, prediction=dataclasses.replace(predicted, finite_step=None))
