@@ -80,15 +80,17 @@ def product(
 def paths_together(widths: tuple[int, ...], paths: int) -> int:
     """How many paths of an ensemble to step together: as many as keep a layer in the cache.
 
-    One if the products are library calls anyway, all of them on an accelerator.
+    Groups are of about equal size and fill whole vectors. One path if the products are library
+    calls anyway, all of them on an accelerator.
     """
     if not _on_cpu():
         return paths
     widest = max(widths)
     if widest > MOST_SUMMED:
         return 1
-    fitting = GROUP_BYTES // (8 * widest**2)
-    return min(max(FEWEST_LANES, 2 ** (fitting.bit_length() - 1)), paths)
+    fitting = max(GROUP_BYTES // (8 * widest**2), FEWEST_LANES)
+    equal = -(-paths // -(-paths // fitting))
+    return min(-(-equal // FEWEST_LANES) * FEWEST_LANES, paths)
 
 
 def in_groups(function: Callable[[Any], Any], arrays: Any, size: int) -> Any:
