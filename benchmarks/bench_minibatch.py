@@ -35,7 +35,7 @@ def main() -> None:
     """Measure and write."""
     chosen = options(__doc__).parse_args()
     report = Report("minibatch", chosen)
-    steps = 4 if chosen.quick else 32
+    steps = 4 if chosen.quick else 128
     rng = np.random.default_rng(0)
     x = rng.normal(size=(ROWS, WIDTH))
     target = positive_target(WIDTH)

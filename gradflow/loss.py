@@ -41,13 +41,13 @@ def moment_loss(
     syy: Float[Array, "d_out d_out"],
 ) -> Scalar:
     r"""$\tfrac12 \mathrm{tr}(P S P^\top) - \langle P, Y\rangle + \tfrac12 \mathrm{tr} S_{yy}$."""
-    return 0.5 * jnp.sum((p @ sxx) * p) - jnp.sum(p * syx) + 0.5 * jnp.trace(syy)
+    return 0.5 * jnp.sum(product(p, sxx) * p) - jnp.sum(p * syx) + 0.5 * jnp.trace(syy)
 
 
 def end_to_end_gradient(net: DeepLinear, data: Regression) -> EndToEnd:
     r"""$M = \partial L / \partial P = P S - Y$, `(d_N, d_0)`, with $S = S_{xx}$, $Y = S_{yx}$."""
     _check_match(net, data)
-    return net.end_to_end @ data.sxx - data.syx
+    return product(net.end_to_end, data.sxx) - data.syx
 
 
 def loss(net: DeepLinear, data: Regression) -> Scalar:

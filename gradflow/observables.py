@@ -28,6 +28,7 @@ from gradflow.geometry.imbalance import gram_differences, imbalance, squared_nor
 from gradflow.loss import loss
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
+from gradflow.products import product
 from gradflow.theory.drift import flow_imbalance_drift, imbalance_drift
 from gradflow.theory.floor import (
     INSTEAD,
@@ -118,8 +119,8 @@ def _check_slaved(dynamics: AbstractDynamics, name: str) -> None:
 
 
 def _excess_loss(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
-    deviation = net.end_to_end @ problem.input_moment - problem.data.syx
-    return 0.5 * jnp.sum((deviation @ problem.noisy_inverse_root) ** 2)
+    deviation = product(net.end_to_end, problem.input_moment) - problem.data.syx
+    return 0.5 * jnp.sum(product(deviation, problem.noisy_inverse_root) ** 2)
 
 
 def _loss_floor(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:

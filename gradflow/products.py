@@ -81,11 +81,11 @@ def paths_together(widths: tuple[int, ...], paths: int) -> int:
     """How many paths of an ensemble to step together: as many as keep a layer in the cache.
 
     Groups are of about equal size and fill whole vectors. One path if the products are library
-    calls anyway, all of them on an accelerator.
+    calls anyway, all of them where nothing is stored between products, and on an accelerator.
     """
-    if not _on_cpu():
-        return paths
     widest = max(widths)
+    if widest <= MOST_FUSED or not _on_cpu():
+        return paths
     if widest > MOST_SUMMED:
         return 1
     fitting = max(GROUP_BYTES // (8 * widest**2), FEWEST_LANES)

@@ -168,7 +168,9 @@ class _Moving(eqx.Module):
         return Saved(observed, weights if self.keep_weights else (), alive)
 
 
-@eqx.filter_jit(donate="all-except-first", compiler_options=COMPILER)
+@eqx.filter_jit(  # pyright: ignore[reportCallIssue]
+    donate="all-except-first", compiler_options=COMPILER
+)
 def _run_slice(fixed: tuple[_Moving, Any, Any], state: State) -> tuple[State, Saved]:
     """Go to `count` ends and save as many of them as there is memory for; to one end for 0.
 

@@ -1,6 +1,7 @@
 """What a dynamics is, and how an ensemble is stepped in blocks of noise."""
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from gradflow.network import widths_of
 from gradflow.problem import Problem
 from gradflow.products import in_groups, paths_together
 from gradflow.streams import Source
-from gradflow.types import Scalar, Weights
+from gradflow.types import Weights
 
 DIVERGENCE_FACTOR = 1e12
 """A replica has diverged once |W|^2 exceeds this multiple of 1 + |W(0)|^2 (or is not finite)."""
@@ -94,23 +95,27 @@ def over_paths(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.vmap(function, in_axes=-1, out_axes=-1)
 
 
-def squared_norm(weights: Weights) -> Scalar:
-    r"""$\\sum_i |W_i|^2$ of one path."""
-    return sum((jnp.sum(w * w) for w in weights), start=jnp.zeros((), weights[0].dtype))
+# What follows is of whole ensembles: under `over_paths`, a number of each path beside its matrices
+# would have the matrices transposed in memory.
+
+
+def squared_norm(weights: Weights) -> Float[Array, " paths"]:
+    r"""$\sum_i |W_i|^2$ of every path."""
+    return functools.reduce(jnp.add, [jnp.sum(w * w, axis=(0, 1)) for w in weights])
 
 
 def divergence_limit(weights: Weights) -> Float[Array, " paths"]:
     """The squared norm at which each path counts as diverged."""
-    return DIVERGENCE_FACTOR * (1.0 + over_paths(squared_norm)(weights))
+    return DIVERGENCE_FACTOR * (1.0 + squared_norm(weights))
 
 
-def is_alive(weights: Weights, limit: Scalar) -> Bool[Array, ""]:
-    """Whether the squared norm of one path is a number below the limit."""
+def is_alive(weights: Weights, limit: Float[Array, " paths"]) -> Bool[Array, " paths"]:
+    """Whether the squared norm of every path is a number below its limit."""
     return squared_norm(weights) < limit
 
 
-def bury(weights: Weights, limit: Scalar) -> Weights:
-    """NaN for a path that has diverged, the weights themselves otherwise."""
+def bury(weights: Weights, limit: Float[Array, " paths"]) -> Weights:
+    """NaN for every path that has diverged, the weights themselves for the others."""
     alive = is_alive(weights, limit)
     return tuple(jnp.where(alive, w, jnp.nan) for w in weights)
 

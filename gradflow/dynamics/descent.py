@@ -179,14 +179,15 @@ class GradientDescent(AbstractDynamics):
 
         def run(state: State, first: Array, last: Array) -> State:
             def step(
-                weights: Weights, memory: _Memory, limit: Scalar, numbers: tuple[Any, Any]
+                weights: Weights, memory: _Memory, numbers: tuple[Any, Any]
             ) -> tuple[Weights, _Memory]:
                 noise, scheduled = numbers
                 h = self.step_size if scheduled is None else scheduled
-                return self._step(problem, weights, memory, limit, noise, h)
+                return self._step(problem, weights, memory, noise, h)
 
             def one(j: Array, carry: tuple[Weights, Any]) -> tuple[Weights, Any]:
-                return over_paths(step)(*carry, state.limit, at_step(state.noise, j))
+                moved, memory = over_paths(step)(*carry, at_step(state.noise, j))
+                return bury(moved, state.limit), memory
 
             weights, memory = jax.lax.fori_loop(first, last, one, (state.weights, state.memory))
             return State(weights, memory, state.noise, state.limit)
@@ -198,7 +199,6 @@ class GradientDescent(AbstractDynamics):
         problem: Problem,
         weights: Weights,
         memory: "_Memory",
-        limit: Scalar,
         noise: Any,
         h: Scalar,
     ) -> tuple[Weights, "_Memory"]:
@@ -225,7 +225,7 @@ class GradientDescent(AbstractDynamics):
             following = problem.weight_shift(weights, noise)
             moved = tuple(w + (b - a) for w, a, b in zip(moved, shift, following, strict=True))
             shift = following
-        return bury(moved, limit), _Memory(velocity, optimizer, shift)
+        return moved, _Memory(velocity, optimizer, shift)
 
     def _transformation(self) -> Any:
         """The optax gradient transformation."""

@@ -107,7 +107,7 @@ class ExactFlow(AbstractDynamics):
         form, prepared = state.memory
         known, since = (state.weights, stop - start) if form.continues else (prepared, stop)
         weights = over_paths(lambda p: form.evaluate(problem, p, since))(known)
-        weights = jax.vmap(bury, in_axes=(-1, 0), out_axes=-1)(weights, state.limit)
+        weights = bury(weights, state.limit)
         return State(weights, state.memory, (), state.limit)
 
     def _chosen(self, problem: Problem, starts: Sequence[Weights]) -> AbstractClosedForm:

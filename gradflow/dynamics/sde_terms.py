@@ -9,10 +9,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from gradflow.dynamics.base import is_alive, over_paths
+from gradflow.dynamics.layers import added
 from gradflow.dynamics.modified_flow import modified_drift
 from gradflow.loss import pull_back
 from gradflow.network import end_to_end, widths_of
 from gradflow.problem import Problem
+from gradflow.products import product
 from gradflow.solvers.grid_path import GridBrownianPath
 from gradflow.types import EndToEnd, Scalar, Weights
 
@@ -46,12 +48,15 @@ class StochasticGradientTerm(diffrax.AbstractTerm):
 
     def prod(self, vf: Weights, control: Any) -> Weights:
         """The increment of every path over one grid step."""
-        return over_paths(self._increment)(vf, control, self.limit)
+        moved = over_paths(self._increment)(vf, control)
+        alive = is_alive(added(vf, moved), self.limit)
+        return tuple(jnp.where(alive, m, jnp.nan) for m in moved)
 
-    def _increment(self, weights: Weights, normals: Any, limit: Scalar) -> Weights:
+    def _increment(self, weights: Weights, normals: Any) -> Weights:
         of_data, of_gradient = normals
         std = jnp.sqrt(self.step_size * self.dt)
-        mean: EndToEnd = end_to_end(weights) @ self.problem.input_moment - self.problem.data.syx
+        moment = self.problem.input_moment
+        mean: EndToEnd = product(end_to_end(weights), moment) - self.problem.data.syx
         noise = self.problem.end_to_end_increment(weights, of_data)
         rest = self.problem.add_penalties(tuple(jnp.zeros_like(w) for w in weights), weights)
         moved = tuple(
@@ -61,8 +66,7 @@ class StochasticGradientTerm(diffrax.AbstractTerm):
         if of_gradient:
             extra = self.problem.gradient_noise(of_gradient)
             moved = tuple(m - std * e for m, e in zip(moved, extra, strict=True))
-        alive = is_alive(tuple(w + m for w, m in zip(weights, moved, strict=True)), limit)
-        return tuple(jnp.where(alive, m, jnp.nan) for m in moved)
+        return moved
 
 
 class ClosedNoiseTerm(diffrax.AbstractTerm):
@@ -140,17 +144,17 @@ def drift_term(
 ) -> diffrax.ODETerm:
     """The drift of an ensemble on a unit grid; NaN for a path that has diverged."""
 
-    def drift(weights: Weights, limit: Scalar) -> Weights:
+    def drift(weights: Weights) -> Weights:
         a = modified_drift(problem, weights, step_size, order)
         if stratonovich:
             shift = stratonovich_shift(problem, weights)
             a = tuple(v - step_size * s for v, s in zip(a, shift, strict=True))
-        scale = jnp.where(is_alive(weights, limit), dt, jnp.nan)
-        return tuple(scale * v for v in a)
+        return a
 
     def field(t: Any, weights: Weights, args: Any) -> Weights:
         del t, args
-        return over_paths(drift)(weights, limit)
+        scale = jnp.where(is_alive(weights, limit), dt, jnp.nan)
+        return tuple(scale * v for v in over_paths(drift)(weights))
 
     return diffrax.ODETerm(field)
 

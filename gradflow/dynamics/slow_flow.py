@@ -208,7 +208,7 @@ class SlowFlow(AbstractDynamics):
         else:
             weights, anchor = self._wander(problem, memory, start, stop, source)
             planned = memory.planned
-        weights = jax.vmap(bury, in_axes=(-1, 0), out_axes=-1)(weights, state.limit)
+        weights = bury(weights, state.limit)
         alive = jnp.isfinite(state.weights[0][0, 0])
         before = jax.tree.map(
             lambda now, then: jnp.where(alive, now, then), state.weights, memory.before

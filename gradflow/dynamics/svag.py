@@ -125,13 +125,12 @@ class SVAG(AbstractDynamics):
             steps = first_step + jnp.arange(block)
             return self._draws(problem, source.at(steps), widths)
 
-        def step(weights: Weights, limit: Scalar, noise: Any) -> Weights:
-            moved = minus_scaled(weights, dt, self._gradient(problem, weights, noise))
-            return bury(moved, limit)
+        def step(weights: Weights, noise: Any) -> Weights:
+            return minus_scaled(weights, dt, self._gradient(problem, weights, noise))
 
         def run(state: State, first: Array, last: Array) -> State:
             def one(j: Array, weights: Weights) -> Weights:
-                return over_paths(step)(weights, state.limit, at_step(state.noise, j))
+                return bury(over_paths(step)(weights, at_step(state.noise, j)), state.limit)
 
             weights = jax.lax.fori_loop(first, last, one, state.weights)
             return State(weights, (), state.noise, state.limit)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from gradflow.geometry.base import check_network
 from gradflow.network import DeepLinear
+from gradflow.products import product
 from gradflow.types import Scalar, Weights
 
 
@@ -40,4 +41,7 @@ def gram_differences(layers: Weights) -> list[Float[Array, "_ _"]]:
 
     With gradients $g$, $h^2$ times this is the change of $G_i$ in one step of gradient descent.
     """
-    return [above.T @ above - below @ below.T for below, above in itertools.pairwise(layers)]
+    return [
+        product(above, above, (0, 0)) - product(below, below, (1, 1))
+        for below, above in itertools.pairwise(layers)
+    ]

@@ -24,6 +24,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.data import Regression
+from gradflow.products import product
 from gradflow.streams import Stream
 from gradflow.types import EndToEnd, Scalar, Weights
 
@@ -323,8 +324,9 @@ def population_rows(
     normals: Float[Array, "batch channels"], data: Regression, root: Float[Array, "d_in d_in"]
 ) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch d_out"]]:
     r"""Rows of a Gaussian population: $x = S^{1/2} z$, $y = T x + \Sigma_\eta^{1/2} z'$."""
-    x = normals[:, : data.d_in] @ root
-    return x, x @ data.best_map.T + normals[:, data.d_in :] @ data.residual_sqrt
+    x = product(normals[:, : data.d_in], root)
+    best = product(x, data.best_map, (1, 1))
+    return x, best + product(normals[:, data.d_in :], data.residual_sqrt)
 
 
 def symmetric_normal(normals: Float[Array, "d d"]) -> Float[Array, "d d"]:

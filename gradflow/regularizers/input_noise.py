@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gradflow.data import Regression
+from gradflow.products import product
 from gradflow.regularizers.base import (
     AbstractDataNoise,
     NoiseMoments,
@@ -77,11 +78,11 @@ class InputNoise(AbstractDataNoise):
         d_in = moments.root.shape[0]
         first, residual, quadratic = jnp.split(normals, (d_in, normals.shape[0] - d_in))
         linear = (
-            moments.m @ moments.inverse_root @ first
-            + moments.p @ first.T @ moments.root
-            + moments.residual_root @ residual
+            product(product(moments.m, moments.inverse_root), first)
+            + product(product(moments.p, first, (1, 1)), moments.root)
+            + product(moments.residual_root, residual)
         )
-        square = moments.p @ symmetric_normal(quadratic)
+        square = product(moments.p, symmetric_normal(quadratic))
         return self.std / jnp.sqrt(moments.batch) * (linear + self.std * square)
 
     def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gradflow.data import Regression
+from gradflow.products import product
 from gradflow.regularizers.base import (
     AbstractDataNoise,
     NoiseMoments,
@@ -64,7 +65,7 @@ class LabelNoise(AbstractDataNoise):
 
     def increment(self, moments: NoiseMoments, normals: Array) -> EndToEnd:
         r"""$\tfrac{s}{\sqrt b}\, \Xi\, (S + \sigma^2 I)^{1/2}$."""
-        return self.std / jnp.sqrt(moments.batch) * (normals @ moments.noisy_root)
+        return self.std / jnp.sqrt(moments.batch) * product(normals, moments.noisy_root)
 
     def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:
         r"""$\tfrac{s^2}{b}\, I \otimes (S + \sigma^2 I)$."""

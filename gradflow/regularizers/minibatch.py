@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gradflow.data import Regression
+from gradflow.products import product
 from gradflow.regularizers.base import (
     AbstractBatch,
     NoiseMoments,
@@ -134,12 +135,14 @@ class Minibatch(AbstractBatch):
         data = moments.data
         if data.x is None or data.y is None:
             d_in = data.d_in
-            carried = moments.m @ moments.inverse_root @ symmetric_normal(normals[:d_in])
-            residual = moments.residual_root @ normals[d_in:]
-            return (carried + residual) @ moments.root / jnp.sqrt(float(self.batch_size))
+            whitened = product(moments.m, moments.inverse_root)
+            carried = product(whitened, symmetric_normal(normals[:d_in]))
+            residual = product(moments.residual_root, normals[d_in:])
+            return product(carried + residual, moments.root) / jnp.sqrt(float(self.batch_size))
         n = data.x.shape[0]
-        errors = data.x @ moments.p.T - data.y
-        weighted = (normals[:, None] * errors).T @ data.x - jnp.sum(normals) * moments.m
+        errors = product(data.x, moments.p, (1, 1)) - data.y
+        weighted = product(normals[:, None] * errors, data.x, (0, 0))
+        weighted = weighted - jnp.sum(normals) * moments.m
         return jnp.sqrt(self._fraction(n) / n) * weighted
 
     def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:
