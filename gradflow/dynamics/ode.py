@@ -15,6 +15,7 @@ from gradflow.dynamics.base import AbstractDynamics, State, divergence_limit, ov
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.regularizers.base import as_parameter
+from gradflow.solvers.dense_or_krylov import DenseOrKrylov
 from gradflow.solvers.gauss_legendre import GaussLegendre
 from gradflow.solvers.resumable import ResumableController
 from gradflow.streams import Source
@@ -236,7 +237,7 @@ def _with_newton(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
         return solver
     if not eqx.tree_equal(solver.root_finder, type(solver)().root_finder):
         return solver
-    newton = optimistix.Newton(rtol=1e-10, atol=1e-10)
+    newton = optimistix.Newton(rtol=1e-10, atol=1e-10, linear_solver=DenseOrKrylov())
     return eqx.tree_at(lambda s: s.root_finder, solver, newton)
 
 
