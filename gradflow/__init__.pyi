@@ -77,4 +77,5 @@ from .regularizers import (
 )
 from .simulate import repeat as repeat, simulate as simulate
 from .solvers import GaussLegendre as GaussLegendre
+from .streams import Normals as Normals
 from .trajectory import Trajectory as Trajectory

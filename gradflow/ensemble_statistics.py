@@ -16,6 +16,11 @@ class EnsembleStatistics(AbstractOutcome):
     At each time they are taken over the paths that have not diverged by then: `count` of them, with
     `diverged` left out. Memory depends neither on the number of paths nor on that of steps.
 
+    Antithetic paths (`Normals.antithetic`) are independent in pairs only: standard errors are those
+    of the means over pairs, and a pair with a diverged path has no part in them. Everything else is
+    over paths as ever. With the correlation $\rho$ inside pairs the variance over $n - 1$, $n$ the
+    `count` of paths, has the expectation $1 - \rho / (n - 1)$ times what it estimates.
+
     Dimensions: `time`, `quantile`, `layer` and other axes of observables, `entry`. For an
     observable `x`, variables `x_mean`, `x_variance` (over $n - 1$), `x_standard_error` of the
     mean, `x_minimum`, `x_maximum`, `x_quantiles`, and `x_quantile_error`, the most by which a
@@ -58,11 +63,11 @@ class EnsembleStatistics(AbstractOutcome):
         return self._of(name, "mean")
 
     def variance(self, name: str) -> np.ndarray:
-        """The unbiased variance of an observable over paths, `(T, ...)`."""
+        """The variance of an observable over paths (over $n - 1$), `(T, ...)`."""
         return self._of(name, "variance")
 
     def standard_error(self, name: str) -> np.ndarray:
-        """The standard error of the mean of an observable, `(T, ...)`."""
+        """The standard error of the mean of an observable, `(T, ...)`; over antithetic pairs."""
         return self._of(name, "standard_error")
 
     def minimum(self, name: str) -> np.ndarray:

@@ -93,10 +93,7 @@ def _of_statistics(
     over_entries = {
         "mean": ("mean of", np.stack([m.mean for m in moments])),
         "variance": ("variance of", np.stack([m.variance for m in moments])),
-        "standard_error": (
-            "standard error of the mean of",
-            np.stack([m.standard_error for m in moments]),
-        ),
+        "standard_error": ("standard error of the mean of", tally.standard_errors),
         "minimum": ("minimum of", np.stack([m.minimum for m in moments])),
         "maximum": ("maximum of", np.stack([m.maximum for m in moments])),
         "quantiles": ("quantiles of", quantiles),

@@ -18,6 +18,7 @@ from gradflow.describe import check_rebuilds, describe, rebuild_dynamics, rebuil
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
+from gradflow.streams import Normals
 
 FORMAT = 1
 """Version of the file layout."""
@@ -79,6 +80,11 @@ class AbstractOutcome(abc.ABC):
             return None
         data = jnp.asarray(words, dtype=jnp.uint32)
         return jax.random.wrap_key_data(data, impl="threefry2x32")
+
+    @property
+    def normals(self) -> Normals:
+        """What stood for the standard normals of the run."""
+        return Normals(**json.loads(self.attrs.get("normals", "{}")))  # older files do not say
 
     def to_xarray(self) -> xr.Dataset:
         """The data set itself."""

@@ -95,8 +95,12 @@ class PathRecord(AbstractRecord):
 
 @dataclass
 class StatisticsRecord(AbstractRecord):
-    """Statistics over the paths of every chunk so far."""
+    """Statistics over the paths of every chunk so far.
 
+    `antithetic` says that paths come in pairs that are not independent; a chunk has whole ones.
+    """
+
+    antithetic: bool = False
     tally: Tally = field(default_factory=lambda: Tally({}, 0))
 
     @property
@@ -108,7 +112,7 @@ class StatisticsRecord(AbstractRecord):
         """Count the paths of the rows."""
         if not self.tally.times:
             shapes = {name: x.shape[1:-1] for name, x in rows.observed.items()}
-            self.tally = Tally(shapes, self.length)
+            self.tally = Tally(shapes, self.length, self.antithetic)
         width = paths.stop - paths.start
         observed = {name: np.asarray(x)[..., :width] for name, x in rows.observed.items()}
         alive = np.asarray(rows.alive)[:, :width]

@@ -16,7 +16,7 @@ from jaxtyping import PRNGKeyArray
 from gradflow.describe import describe
 from gradflow.devices import Devices
 from gradflow.dynamics.base import AbstractDynamics
-from gradflow.dynamics.noise import check_normals
+from gradflow.dynamics.normals import check_normals, check_pairs
 from gradflow.ensemble_statistics import QUANTILES, EnsembleStatistics
 from gradflow.labels import labelled
 from gradflow.memory import paths_at_once
@@ -24,7 +24,7 @@ from gradflow.network import DeepLinear, widths_of
 from gradflow.observables import BUILT_IN, ObservableSpec, resolve
 from gradflow.problem import Problem
 from gradflow.progress import ProgressBar, Report, automatic
-from gradflow.record import PathRecord, StatisticsRecord
+from gradflow.record import AbstractRecord, PathRecord, StatisticsRecord
 from gradflow.runner import Runner
 from gradflow.schedule import Save, Spacing, schedule
 from gradflow.streams import Normals
@@ -116,9 +116,11 @@ def simulate(
     - `net`: the start; or a sequence of networks of equal widths, which then are the replicas.
     - `dynamics`: how the weights move.
     - `t1`: length in flow time; or `steps`: length in steps of size h.
-    - `replicas`: number of independent paths; None for one path without a replica axis.
+    - `replicas`: number of paths, independent of each other (but for antithetic normals); None for
+        one path without a replica axis.
     - `key`: `jax.random.key(seed)`; needed if the run is random.
-    - `normals`: what stands for the standard normals, such as `Normals(antithetic=True)`.
+    - `normals`: what stands for the standard normals, such as `Normals(antithetic=True)`; standard
+        errors then are those of pairs.
     - `save`: number of saved points (the start included), or increasing flow times; on a grid
         times are rounded to the nearest step. `spacing`: "lin" or "log".
     - `observables`: names (see `gradflow.observables.BUILT_IN`), or a mapping from names to
@@ -127,7 +129,8 @@ def simulate(
     - `keep`: "paths", or "statistics": of the observables, over replicas, at every saved time; then
         memory does not grow with the number of replicas. `quantiles`: which of them are taken.
     - `chunk`: most replicas to hold in memory at once; default: as many as fit into half of the
-        memory at hand and, on a processor, into its caches (see `gradflow.memory`).
+        memory at hand and, on a processor, into its caches (see `gradflow.memory`). Antithetic
+        pairs stay together.
     - `progress`: None shows a bar on long runs at a terminal, True always, False never; or a
         function of (done, total, message).
 
@@ -156,17 +159,21 @@ def simulate(
     dynamics.check(problem, _stacked(starts, 0, len(starts)))
     layers = starts[0]
     check_normals(normals, dynamics, problem, widths_of(layers))
+    check_pairs(normals, total if replica_axis else None)
+    paired = normals is not None and normals.antithetic
     stored = sum(w.nbytes for w in layers) * total * plan.marks.size
     storing = stored <= STORED_BY_DEFAULT if store_weights is None else store_weights
     shapes = dynamics.noise_shapes(problem, widths_of(layers))
     held = (*layers, *jax.tree.leaves(shapes))
     size = min(total, _fitting(held, total) if chunk is None else chunk)
+    size += size % 2 if paired else 0  # statistics need both replicas of a pair at once
 
     report = _reporter(progress, type(dynamics).__name__)
     began = time.monotonic()
     interrupted = False
-    kind = PathRecord if keep == "paths" else StatisticsRecord
-    record = kind(total, plan.marks.size)
+    record: AbstractRecord = PathRecord(total, plan.marks.size)
+    if keep == "statistics":
+        record = StatisticsRecord(total, plan.marks.size, antithetic=paired)
     storing = storing and keep == "paths"
     runner = Runner(problem, dynamics, chosen, storing, plan, report, record, shapes)
     width = Devices.sharing(size).padded(size)
@@ -260,7 +267,7 @@ def repeat(trajectory: Trajectory | EnsembleStatistics) -> Trajectory | Ensemble
         t1=times[-1],
         replicas=trajectory.replicas,
         key=trajectory.key,
-        normals=Normals(**json.loads(trajectory.attrs.get("normals", "{}"))),
+        normals=trajectory.normals,
         save=times,
         observables=names,
         chunk=int(trajectory.attrs["chunk"]),

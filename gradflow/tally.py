@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 
 from gradflow.accumulators.moments import Moments
 from gradflow.accumulators.sketch import Sketch
+from gradflow.independence import Units
 
 SKETCH_BYTES = 2**25
 """Memory that the sketches of all observables at all times may fill."""
@@ -24,12 +25,15 @@ class Tally:
 
     - `shapes`: the shape of every observable of one path.
     - `times`: the number of saved times.
+    - `antithetic`: whether paths $2q$ and $2q + 1$ depend on each other (`Units`).
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     times: int
+    antithetic: bool = False
     lost: list[int] = field(init=False)
     moments: list[Moments] = field(init=False)
+    of_pairs: list[Moments] = field(init=False)
     sketches: list[list[Sketch]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -39,6 +43,7 @@ class Tally:
         bins = int(np.clip(room, FEWEST_BINS, MOST_BINS))
         self.lost = [0] * self.times
         self.moments = [nothing] * self.times
+        self.of_pairs = [Moments.of(np.zeros((entries, 0)), 0)] * self.times
         self.sketches = [[Sketch(bins) for _ in range(entries)] for _ in range(self.times)]
 
     @property
@@ -69,15 +74,27 @@ class Tally:
     def add(
         self, index: int, observed: Mapping[str, np.ndarray], alive: Bool[np.ndarray, " path"]
     ) -> None:
-        """Count some paths at saved time number `index`; arrays start with the path axis."""
+        """Count some paths at saved time number `index`; arrays start with the path axis.
+
+        Of antithetic paths both of every pair must be among them.
+        """
         rows = [observed[name].reshape(alive.size, -1) for name in self.names]
         values = np.concatenate(rows, axis=1, dtype=np.float64)[alive].T
         values = np.ascontiguousarray(values)
         self.lost[index] += alive.size - values.shape[1]
         chunk = Moments.of(values, len(self.paired))
         self.moments[index] = self.moments[index].merged(chunk)
+        if self.antithetic:
+            pairs = Moments.of(Units(alive, antithetic=True).means(values.T).T, 0)
+            self.of_pairs[index] = self.of_pairs[index].merged(pairs)
         for sketch, entry in zip(self.sketches[index], values, strict=True):
             sketch.add(entry)
+
+    @property
+    def standard_errors(self) -> Float[np.ndarray, "time entry"]:
+        """Standard errors of the means at the times seen, over what is independent."""
+        independent = self.of_pairs if self.antithetic else self.moments
+        return np.stack([moments.standard_error for moments in independent[: self.seen]])
 
     def of_observables(
         self, entries: Float[np.ndarray, "*lead entry"]

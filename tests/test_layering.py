@@ -15,7 +15,17 @@ import pytest
 
 # A room is a file `gradflow/<room>.py` or a folder `gradflow/<room>/`.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "streams", "products", "jax_settings", "devices", "memory", "accumulators"),
+    (
+        "types",
+        "gaussian",
+        "streams",
+        "independence",
+        "products",
+        "jax_settings",
+        "devices",
+        "memory",
+        "accumulators",
+    ),
     ("network", "init", "data"),
     ("loss",),
     ("regularizers", "problem"),
@@ -46,7 +56,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 SAME_LAYER: dict[str, tuple[str, ...]] = {
     "cli": ("command",),
     "__main__": ("cli",),
-    "streams": ("types",),
+    "gaussian": ("types",),
+    "streams": ("gaussian", "types"),
     "init": ("network",),
     "data": ("network",),
     "problem": ("regularizers",),
@@ -87,6 +98,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "exact_flow",
         "slow_sde",
         "slow_flow",
+        "normals",
     ),
     "geometry": (
         "imbalance",

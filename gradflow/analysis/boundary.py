@@ -120,8 +120,8 @@ def is_slaved(trajectory: Trajectory) -> bool:
 class MeanCurves:
     r"""Replica means of the excess loss and its floor, `(1 + groups, time)`.
 
-    Row 0 is over all replicas, the others leave one group of replicas out in turn; a single path
-    has row 0 only.
+    Row 0 is over all replicas, the others leave one group of independent ones (or pairs) out in
+    turn; a single path, or pair, has row 0 only.
     """
 
     time: Float[np.ndarray, " time"]
@@ -132,7 +132,7 @@ class MeanCurves:
 
     @property
     def groups(self) -> int:
-        """Groups that are left out in turn; 0 for a single path."""
+        """Groups that are left out in turn; 0 for a single path or pair."""
         return self.excess.shape[0] - 1
 
     def error(self, estimates: Float[np.ndarray, "row *shape"]) -> np.ndarray:
@@ -147,10 +147,11 @@ def mean_curves(excess: Paths, floor: Paths) -> MeanCurves:
 
     def rows(paths: Paths) -> np.ndarray:
         mean = paths.values.mean(axis=0, keepdims=True)
-        if paths.replicas == 1:
+        of_units = paths.units.means(paths.values)
+        if len(of_units) < 2:
             return mean
-        groups = min(paths.replicas, MAX_GROUPS)
-        return np.concatenate([mean, leave_out_means(paths.values, groups)])
+        groups = min(len(of_units), MAX_GROUPS)
+        return np.concatenate([mean, leave_out_means(of_units, groups)])
 
     return MeanCurves(excess.time, rows(excess), rows(floor), excess.replicas, excess.diverged)
 
@@ -202,7 +203,7 @@ def _slaved_end(deviation: Paths, residual: Paths, eps: float, confidence: float
             f"{time[-1]:.6g}; run longer, or raise eps if the ratio has stopped falling"
         )
         return Boundary(nan, nan, nan, nan, SLAVED, eps, nan, *counts, reason)
-    mean, error, low, high = mean_with_error(ends, confidence)
+    mean, error, low, high = mean_with_error(ends, deviation.units, confidence)
     if deviation.single:
         low, high = float(time[max(index[0] - 1, 0)]), float(time[index[0]])
     return Boundary(mean, error, low, high, SLAVED, eps, nan, *counts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from gradflow.analysis.agreement import (
     DIFFER,
@@ -20,8 +20,9 @@ from gradflow.analysis.agreement import (
     overall,
 )
 from gradflow.analysis.matched_times import common_grid, match_times
-from gradflow.analysis.statistics import check_confidence, recorded, survivors
+from gradflow.analysis.statistics import check_confidence, recorded, units_of
 from gradflow.dynamics.base import AbstractDynamics
+from gradflow.independence import Units
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.simulate import simulate
@@ -137,7 +138,7 @@ def compare_trajectories(
     first, *others = trajectories
     kept = {label: _kept(label, run) for label, run in trajectories.items()}
     for label in others:
-        if not (kept[first].any() or kept[label].any()):
+        if not (kept[first].kept.any() or kept[label].kept.any()):
             raise ValueError(
                 f"every replica of {first!r} and of {label!r} diverged: nothing is left to "
                 "compare; use a smaller step size"
@@ -152,7 +153,7 @@ def compare_trajectories(
     ]
     divergences = {label: _divergence(kept[first], kept[label]) for label in others}
     tests = sum(int(np.sum(pair.errors(index) > 0.0)) for pair in pairs)
-    tests += sum(max(kept[first].size, kept[label].size) > 1 for label in others)
+    tests += sum(max(kept[first].kept.size, kept[label].kept.size) > 1 for label in others)
     level = (1.0 - confidence) / max(tests, 1)
     rows: list[ComparisonRow] = []
     verdicts: list[Verdict] = []
@@ -174,20 +175,24 @@ def compare_trajectories(
         tuple(verdicts),
         tolerance,
         confidence,
-        {label: int(mask.sum()) for label, mask in kept.items()},
-        {label: int(np.sum(~mask)) for label, mask in kept.items()},
+        {label: int(units.kept.sum()) for label, units in kept.items()},
+        {label: int(np.sum(~units.kept)) for label, units in kept.items()},
     )
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Mean of one observable of one trajectory and its squared standard error."""
+    """Mean of one observable of one trajectory and its squared standard error.
+
+    `independent` counts what the error is taken over.
+    """
 
     names: tuple[str, ...]
     units: str
     mean: Float[np.ndarray, "time component"]
     squared_error: Float[np.ndarray, "time component"]
     replicas: int
+    independent: int
 
 
 @dataclass(frozen=True)
@@ -256,7 +261,8 @@ class _Pair:
     ) -> Float[np.ndarray, "match component"]:
         """Degrees of freedom after Welch and Satterthwaite."""
         one, two = self.one.squared_error[at], self.two.squared_error[to]
-        spread = one**2 / max(self.one.replicas - 1, 1) + two**2 / max(self.two.replicas - 1, 1)
+        free = [max(sample.independent - 1, 1) for sample in (self.one, self.two)]
+        spread = one**2 / free[0] + two**2 / free[1]
         known = np.isfinite(spread) & (spread > 0.0)
         return np.divide((one + two) ** 2, spread, out=np.ones_like(spread), where=known)
 
@@ -268,23 +274,21 @@ def _ratio(value: float, size: float) -> float:
     return 0.0 if value == 0.0 else float(np.copysign(np.inf, value))
 
 
-def _kept(label: str, run: Trajectory) -> Bool[np.ndarray, " replica"]:
-    """Mask of the replicas that did not diverge."""
-    mask = survivors(run)
-    if mask.size < 2 and run.dynamics.is_random(run.problem):
+def _kept(label: str, run: Trajectory) -> Units:
+    """The replicas that did not diverge."""
+    units = units_of(run)
+    if units.kept.size < 2 and run.dynamics.is_random(run.problem):
         raise ValueError(
             f"trajectory {label!r} is a single path of a random dynamics, so its mean has no known "
             "error; simulate it with replicas=, 64 for a start"
         )
-    return mask
+    return units
 
 
-def _sample(
-    label: str, run: Trajectory, observable: str, kept: Bool[np.ndarray, " replica"]
-) -> _Sample:
+def _sample(label: str, run: Trajectory, observable: str, units: Units) -> _Sample:
     """Mean and squared standard error at every saved time, arrays flattened to components."""
     array = run.to_xarray()
-    values = recorded(run, observable)[kept]
+    values = recorded(run, observable)[units.kept]
     if not np.isfinite(values).all():
         raise ValueError(
             f"observable {observable!r} of trajectory {label!r} is not finite on a replica that "
@@ -297,27 +301,33 @@ def _sample(
     values = values.reshape(count, times, len(names)).astype(float)
     if count == 0:
         empty = np.zeros((times, len(names)))
-        return _Sample(names, "", empty, empty, 0)
+        return _Sample(names, "", empty, empty, 0, 0)
     # Relative to one replica, so that equal replicas have a spread of exactly 0.
     start, values = values[0], values - values[0]
-    if count > 1:
-        squared = values.var(axis=0, ddof=1) / count
+    if units.count > 1:
+        squared = units.standard_error(values) ** 2
     else:
-        squared = np.full(values.shape[1:], 0.0 if kept.size == 1 else np.inf)
-    units = str(array[observable].attrs.get("units", ""))
-    return _Sample(names, units, start + values.mean(axis=0), squared, count)
+        squared = np.full(values.shape[1:], 0.0 if units.kept.size == 1 else np.inf)
+    measured_in = str(array[observable].attrs.get("units", ""))
+    mean = start + values.mean(axis=0)
+    return _Sample(names, measured_in, mean, squared, count, units.count)
 
 
-def _divergence(
-    first: Bool[np.ndarray, " first"], second: Bool[np.ndarray, " second"]
-) -> tuple[tuple[int, int, int, int], float]:
+def _divergence(one: Units, two: Units) -> tuple[tuple[int, int, int, int], float]:
     """Diverged and all replicas of two runs, and the p-value of equal fractions (Fisher).
 
-    A deterministic run would do the same every time, so it counts as often as the other one.
+    A deterministic run would do the same every time, so it counts as often as the other one. Of
+    antithetic replicas there are at least as many independent ones as there are pairs, so they
+    count half.
     """
+    first, second = one.kept, two.kept
     sizes = max(first.size, second.size)
-    counts = [int(np.sum(~m)) * (sizes if m.size == 1 else 1) for m in (first, second)]
-    totals = [sizes if m.size == 1 else m.size for m in (first, second)]
+    counts, totals = [], []
+    for units in (one, two):
+        times = sizes if units.kept.size == 1 else 1
+        share = 0.5 if units.antithetic else 1.0
+        counts.append(round(share * int(np.sum(~units.kept))) * times)
+        totals.append(round(share * units.kept.size) * times)
     if sizes == 1:
         p = 1.0 if counts[0] == counts[1] else 0.0
     else:

@@ -14,6 +14,7 @@ from gradflow.analysis.boundary import (
 )
 from gradflow.analysis.rates import FEWEST_POINTS, Rate, decay_rate
 from gradflow.analysis.statistics import (
+    Paths,
     has,
     mean_with_error,
     read_paths,
@@ -159,7 +160,7 @@ def _approach(trajectory: Trajectory, boundary: Boundary) -> _Approach:
     if boundary.criterion == SLAVED:
         deviation = read_paths(trajectory, "slaved_deviation")
         residual = read_paths(trajectory, "slaved_residual")
-        return _of_paths(deviation.time, deviation.values, eps * residual.values, 1.0)
+        return _of_paths(deviation, deviation.values, eps * residual.values, 1.0)
     excess = read_paths(trajectory, "excess_loss")
     floor = replace(excess, values=np.zeros_like(excess.values))
     if has(trajectory, "loss_floor"):
@@ -168,7 +169,7 @@ def _approach(trajectory: Trajectory, boundary: Boundary) -> _Approach:
     if not trajectory.dynamics.is_random(trajectory.problem):
         distance = excess.values - floor.values
         cut = np.maximum(eps * floor.values, deepest * distance[:, :1])
-        return _of_paths(excess.time, distance, cut, 0.5)
+        return _of_paths(excess, distance, cut, 0.5)
     curves = mean_curves(excess, floor)
     distance = curves.excess - curves.floor
     noise = 3.0 * np.nan_to_num(curves.error(distance))
@@ -183,12 +184,13 @@ def _approach(trajectory: Trajectory, boundary: Boundary) -> _Approach:
 
 
 def _of_paths(
-    time: Float[np.ndarray, " time"],
+    paths: Paths,
     level: Float[np.ndarray, "replica time"],
     cut: Float[np.ndarray, "replica time"],
     factor: float,
 ) -> _Approach:
     """Mean over paths without noise; each has a window of its own."""
+    time = paths.time
     rates, starts, stops = [], [], []
     for path, least in zip(level, cut, strict=True):
         used = _descent(path, least)
@@ -197,7 +199,7 @@ def _of_paths(
         rates.append(-factor * _log_slopes(time[used], path[None, used])[0])
         starts.append(float(time[used][0]))
         stops.append(float(time[used][-1]))
-    rate, error, _, _ = mean_with_error(np.array(rates), 0.95)
+    rate, error, _, _ = mean_with_error(np.array(rates), paths.units, 0.95)
     return _Approach(rate, error, (min(starts), max(stops)))
 
 

@@ -17,6 +17,7 @@ from gradflow.analysis.statistics import (
     trapezoid_weights,
     weighted_line,
 )
+from gradflow.independence import Units
 from gradflow.trajectory import Trajectory
 
 ROUNDING = 4096.0
@@ -34,13 +35,15 @@ class Rate:
     """A rate per unit of flow time, with its uncertainty.
 
     - `value`: the rate; positive for decay if `kind` is "exponential", the slope if "linear".
-    - `standard_error`: spread over replicas / sqrt(replicas); nan for a single path.
+    - `standard_error`: spread over independent replicas / sqrt(their number); nan for one path.
     - `low`, `high`: Student-t interval. For a single path the range of the rates over thirds of
       the window, which says how well a single rate describes the path.
     - `confidence`: of the interval; `kind`: "exponential" or "linear"; `observable`: its name.
     - `window`: first and last flow time fitted; `points`: saved times fitted.
-    - `replicas`: used; `diverged`: left out because they diverged.
-    - `per_replica`: one estimate a replica, `(replica,)`; jackknife pseudo-values for `of="mean"`.
+    - `replicas`: used; `diverged`: left out because they diverged; `independent`: the number of
+      replicas, or of antithetic pairs, that the error is taken over.
+    - `per_replica`: one estimate a replica, `(replica,)`; jackknife pseudo-values for `of="mean"`,
+      one for each that is independent.
     - `note`: what the reader should know, such as a window cut short or a rate that changes.
     """
 
@@ -55,6 +58,7 @@ class Rate:
     replicas: int
     diverged: int
     points: int
+    independent: int
     per_replica: Float[np.ndarray, " replica"]
     note: str = ""
 
@@ -101,7 +105,8 @@ def decay_rate(
 
     **Returns:** a `Rate`.
 
-    **Raises:** `ValueError` if the observable is missing or too few usable times remain.
+    **Raises:** `ValueError` if the observable is missing or too few usable times remain, or if
+    `of="mean"` has no two independent replicas for its error.
     """
     if of not in ("replica", "mean"):
         raise ValueError(f'of must be "replica" or "mean"; got {of!r}')
@@ -109,11 +114,15 @@ def decay_rate(
     paths = read_paths(trajectory, observable)
     used = _window_indices(trajectory, paths.time, window)
     mean = of == "mean" and not paths.single
-    values = paths.values
+    values, units = paths.values, paths.units
     if mean:
-        values = np.concatenate(
-            [values.mean(axis=0)[None], leave_out_means(values, paths.replicas)]
-        )
+        if units.count < 2:
+            raise ValueError(
+                f'of="mean" needs two independent replicas (or antithetic pairs) and has '
+                f"{units.count}; simulate more of them"
+            )
+        whole = units.means(values)
+        values = np.concatenate([whole.mean(axis=0)[None], leave_out_means(whole, units.count)])
         error = jackknife_error(values[1:])
         lost = np.abs(values[0]) <= 3.0 * error
     else:
@@ -124,9 +133,9 @@ def decay_rate(
     time, logs = paths.time[used], np.log(np.abs(values[:, used]))
     rates = -_slopes(time, logs)
     if mean:
-        rates = paths.replicas * rates[0] - (paths.replicas - 1) * rates[1:]
-        logs = logs[:1]
-    return _summary(paths, rates, -1.0, time, logs, "exponential", confidence, note)
+        rates = units.count * rates[0] - (units.count - 1) * rates[1:]
+        logs, units = logs[:1], Units(np.ones(units.count, bool))
+    return _summary(paths, units, rates, -1.0, time, logs, "exponential", confidence, note)
 
 
 def drift(
@@ -149,7 +158,8 @@ def drift(
     paths = read_paths(trajectory, observable)
     used = _window_indices(trajectory, paths.time, window)
     time, values = paths.time[used], paths.values[:, used]
-    return _summary(paths, _slopes(time, values), 1.0, time, values, "linear", confidence, "")
+    slopes = _slopes(time, values)
+    return _summary(paths, paths.units, slopes, 1.0, time, values, "linear", confidence, "")
 
 
 def _window_indices(
@@ -206,6 +216,7 @@ def _slopes(
 
 def _summary(
     paths: Paths,
+    units: Units,
     rates: Float[np.ndarray, " replica"],
     sign: float,
     time: Float[np.ndarray, " time"],
@@ -214,34 +225,35 @@ def _summary(
     confidence: float,
     note: str,
 ) -> Rate:
-    value, error, low, high = mean_with_error(rates, confidence)
+    value, error, low, high = mean_with_error(rates, units, confidence)
     if paths.single:
         edges = np.linspace(time[0], time[-1], 4)
         thirds = sign * np.diff(np.interp(edges, time, values[0])) / np.diff(edges)
         low, high = min(float(thirds.min()), value), max(float(thirds.max()), value)
     else:
-        note = "; ".join(filter(None, [note, _bend(time, values, sign)]))
+        note = "; ".join(filter(None, [note, _bend(time, values, units, sign)]))
     window = (float(time[0]), float(time[-1]))
-    counts = (paths.replicas, paths.diverged, time.size)
+    counts = (paths.replicas, paths.diverged, time.size, units.count)
     summary = (value, error, low, high, confidence, kind, paths.observable, window)
     return Rate(*summary, *counts, per_replica=rates, note=note)
 
 
 def _bend(
-    time: Float[np.ndarray, " time"], values: Float[np.ndarray, "row time"], sign: float
+    time: Float[np.ndarray, " time"],
+    values: Float[np.ndarray, "row time"],
+    units: Units,
+    sign: float,
 ) -> str:
     """A note if the rate in the second half of the window differs from that in the first."""
     half = int(np.searchsorted(time, 0.5 * (time[0] + time[-1])))
-    if min(half, time.size - half) < FEWEST_POINTS or len(values) < 2:
+    if min(half, time.size - half) < FEWEST_POINTS or len(values) < 2 or units.count < 2:
         return ""
     early = sign * _slopes(time[:half], values[:, :half])
     late = sign * _slopes(time[half:], values[:, half:])
     change = late - early
     typical = max(abs(early.mean()), abs(late.mean()))
-    error = change.std(ddof=1) / np.sqrt(change.size)
-    if abs(change.mean()) <= max(
-        SLIGHT * typical, stdtrit(change.size - 1, 1 - CURVED / 2) * error
-    ):
+    seen = stdtrit(units.count - 1, 1 - CURVED / 2) * units.standard_error(change)
+    if abs(change.mean()) <= max(SLIGHT * typical, seen):
         return ""
     return (
         f"the rate is not constant: {early.mean():.4g} in the first half of the window, "

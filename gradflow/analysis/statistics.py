@@ -1,7 +1,8 @@
 """What every statement with an uncertainty is built from.
 
 Replicas are independent, points of one path in time are not. So every standard error here comes
-from the spread between replicas (or groups of them) and never from the scatter along a path.
+from the spread between replicas (or groups of them) and never from the scatter along a path. Of
+antithetic replicas the pairs are independent: `Units` turns replicas into what is.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.special import stdtrit
 
+from gradflow.independence import Units
 from gradflow.trajectory import Trajectory
 
 MAX_GROUPS = 32
@@ -26,6 +28,7 @@ class Paths:
     - `single`: whether the trajectory is one path, without a replica axis or with one replica.
     - `diverged`: how many replicas were left out because they diverged.
     - `precision`: spacing of the recorded floating-point numbers at 1.
+    - `units`: which of the replicas are independent.
     """
 
     observable: str
@@ -34,6 +37,7 @@ class Paths:
     single: bool
     diverged: int
     precision: float
+    units: Units
 
     @property
     def replicas(self) -> int:
@@ -67,6 +71,11 @@ def survivors(trajectory: Trajectory) -> Bool[np.ndarray, " replica"]:
     return np.isnan(np.atleast_1d(trajectory.to_xarray()["diverged_at"].values))
 
 
+def units_of(trajectory: Trajectory) -> Units:
+    """The independent units of the replicas that did not diverge."""
+    return Units(survivors(trajectory), trajectory.normals.antithetic)
+
+
 def read_paths(trajectory: Trajectory, observable: str, defined: bool = True) -> Paths:
     """Read a scalar observable, leaving out and counting diverged replicas.
 
@@ -81,7 +90,8 @@ def read_paths(trajectory: Trajectory, observable: str, defined: bool = True) ->
             f"observable {observable!r} has shape {values.shape[2:]} at each time; a scalar is "
             "needed: record a component or a norm of it under a name of its own"
         )
-    kept = survivors(trajectory)
+    units = units_of(trajectory)
+    kept = units.kept
     if not kept.any():
         raise ValueError(
             f"all {kept.size} replicas diverged, nothing is left to measure; use a smaller step "
@@ -98,7 +108,7 @@ def read_paths(trajectory: Trajectory, observable: str, defined: bool = True) ->
     time = np.asarray(trajectory.time, dtype=float)
     precision = float(np.finfo(values.dtype).eps)
     lost = int(np.sum(~kept))
-    return Paths(observable, time, paths.astype(float), kept.size == 1, lost, precision)
+    return Paths(observable, time, paths.astype(float), kept.size == 1, lost, precision, units)
 
 
 def trapezoid_weights(time: Float[np.ndarray, " time"]) -> Float[np.ndarray, " time"]:
@@ -132,14 +142,14 @@ def weighted_line(
 
 
 def leave_out_means(
-    values: Float[np.ndarray, "replica time"], groups: int
+    values: Float[np.ndarray, "unit time"], groups: int
 ) -> Float[np.ndarray, "group time"]:
-    """Means over the replicas with one group left out in turn (groups as equal as possible)."""
-    replicas = values.shape[0]
-    starts = np.arange(groups) * replicas // groups
+    """Means over independent rows with one group left out in turn (groups as equal as possible)."""
+    units = values.shape[0]
+    starts = np.arange(groups) * units // groups
     sums = np.add.reduceat(values, starts, axis=0)
-    sizes = np.diff(np.append(starts, replicas))[:, None]
-    return (values.sum(axis=0) - sums) / (replicas - sizes)
+    sizes = np.diff(np.append(starts, units))[:, None]
+    return (values.sum(axis=0) - sums) / (units - sizes)
 
 
 def jackknife_error(estimates: Float[np.ndarray, "group *shape"]) -> np.ndarray:
@@ -160,14 +170,11 @@ def student_interval(
 
 
 def mean_with_error(
-    values: Float[np.ndarray, " replica"], confidence: float
+    values: Float[np.ndarray, " replica"], units: Units, confidence: float
 ) -> tuple[float, float, float, float]:
-    r"""Mean over replicas, its standard error $s/\sqrt R$, and the Student-t interval."""
-    mean = float(np.mean(values))
-    if values.size < 2:
-        return mean, float("nan"), float("nan"), float("nan")
-    error = float(np.std(values, ddof=1) / np.sqrt(values.size))
-    return mean, error, *student_interval(mean, error, values.size - 1, confidence)
+    r"""Mean over replicas, its error $s/\sqrt m$ over $m$ units, and the Student-t interval."""
+    mean, error = float(np.mean(values)), float(units.standard_error(values))
+    return mean, error, *student_interval(mean, error, units.count - 1, confidence)
 
 
 def check_confidence(confidence: float) -> None:

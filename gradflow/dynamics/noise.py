@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gradflow.dynamics.base import AbstractDynamics
 from gradflow.problem import Problem
-from gradflow.streams import Normals, Stream
+from gradflow.streams import Stream
 
 
 def shapes_of_one(draw: Callable[[Stream], Any]) -> Any:
@@ -61,18 +60,4 @@ def check_gaussian(field: str, value: int, problem: Problem) -> None:
             f"{field}={value}: a Brownian path drives SGD only where its noise is exactly Gaussian "
             "(LabelNoise on the full batch, GradientNoise), not with "
             f"{' and '.join(names)}; leave it out."
-        )
-
-
-def check_normals(
-    normals: Normals | None, dynamics: AbstractDynamics, problem: Problem, widths: tuple[int, ...]
-) -> None:
-    """Raise unless what stands for the normals of a run serves it.
-
-    **Raises:** `ValueError` for anything but Gaussian normals of full precision.
-    """
-    del dynamics, problem, widths
-    if normals not in (None, Normals()):
-        raise ValueError(
-            f"normals={normals}: only Gaussian normals of full precision are drawn; leave it out."
         )

@@ -195,7 +195,7 @@ class StochasticFlow(AbstractDynamics):
 
         return advance_in_blocks(state, start, stop, block, draw, run)
 
-    def _samples(self, problem: Problem) -> bool:
+    def is_sampled(self, problem: Problem) -> bool:
         """Whether increments are sampled gradients."""
         if self.diffusion == "auto":
             return not problem.has_diffusion_factor
@@ -203,7 +203,7 @@ class StochasticFlow(AbstractDynamics):
 
     def _draw(self, problem: Problem, stream: Stream, widths: tuple[int, ...]) -> tuple[Any, ...]:
         """The random numbers of a block of grid steps, and those of the areas the solver needs."""
-        if self._samples(problem):
+        if self.is_sampled(problem):
             return (problem.draw(stream, widths),)
         streams = [stream, *(stream.substream(i) for i in LEVY_STREAMS[: _areas(self.solver)])]
         return tuple(problem.draw_normals(s, widths) for s in streams)
@@ -214,7 +214,7 @@ class StochasticFlow(AbstractDynamics):
         """The solver and the terms that it integrates over a block of noise."""
         path = GridBrownianPath(noise[0], noise[1:])
         dt = self.step_size / self.substeps
-        sampled = self._samples(problem)
+        sampled = self.is_sampled(problem)
         if self.solver is None and self.order == 1 and not sampled:
             term = StochasticGradientTerm(problem, path, dt, self.step_size, limit)
             return diffrax.Euler(), term
@@ -234,7 +234,7 @@ class StochasticFlow(AbstractDynamics):
                 f"StochasticFlow.diffusion='closed': {inside} acts inside the network and has no "
                 "closed diffusion factor; use diffusion='sampled'."
             )
-        if not self._samples(problem):
+        if not self.is_sampled(problem):
             return
         if self.solver is not None and not isinstance(self.solver, diffrax.Euler | SmallNoise):
             raise ValueError(

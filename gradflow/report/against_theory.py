@@ -38,11 +38,15 @@ CHANGES = "the rate changes along the run"
 
 @dataclass(frozen=True)
 class Measured:
-    """A number with its standard error: 0 where it is exact, NaN where it is not known."""
+    """A number with its standard error: 0 where it is exact, NaN where it is not known.
+
+    `independent`: over how many replicas, or antithetic pairs, the error is taken.
+    """
 
     value: float
     error: float = 0.0
     replicas: int = 1
+    independent: int = 1
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ def _measured(view: RunView, window: tuple[float, float] | None) -> Measured | N
     except ValueError:
         return None
     error = 0.0 if rate.replicas == 1 and _is_smooth(view) else rate.standard_error
-    return Measured(rate.value, error, rate.replicas)
+    return Measured(rate.value, error, rate.replicas, rate.independent)
 
 
 def _is_smooth(view: RunView) -> bool:
@@ -246,7 +250,7 @@ def judged(first: Measured, second: Measured) -> Verdict:
     relative = difference / size if size else math.copysign(math.inf, difference)
     if math.isnan(error):
         return Verdict("undecided", relative, math.nan, "one random path has no standard error")
-    spread = sum(x.error**4 / max(x.replicas - 1, 1) for x in (first, second))
+    spread = sum(x.error**4 / max(x.independent - 1, 1) for x in (first, second))
     degrees = error**4 / spread if spread else 1.0
     replicas = max(first.replicas, second.replicas)
     found = decide(difference, error, degrees, TOLERANCE * size, LEVEL, replicas)

@@ -16,16 +16,18 @@ from gradflow.analysis.order_fit import FEWEST
 from gradflow.data import Regression
 from gradflow.describe import rebuild_regularizer
 from gradflow.dynamics import AbstractDynamics, FromOptax, SlowFlow
+from gradflow.dynamics.normals import check_normals, check_pairs
 from gradflow.network import DeepLinear
 from gradflow.observables import resolve
 from gradflow.problem import Problem
 from gradflow.regularizers import AbstractRegularizer
+from gradflow.streams import Normals
 from gradflow.study.faults import Fault
 from gradflow.study.load import Study
 from gradflow.study.locate import Path
 from gradflow.study.order_tables import OrdersSpec
 from gradflow.study.quantities import QUANTITIES
-from gradflow.study.spec import RunSpec, StudySpec, TimeSeries
+from gradflow.study.spec import NormalsSpec, RunSpec, StudySpec, TimeSeries
 from gradflow.study.tables import (
     BalancedInit,
     DataSpec,
@@ -55,6 +57,7 @@ class PreparedRun:
     problem: Problem
     network: DeepLinear
     dynamics: AbstractDynamics
+    normals: Normals | None
     key: jax.Array
     shapes: dict[str, tuple[int, ...]]
     """Shapes of the observables at one time of one path."""
@@ -114,12 +117,17 @@ class _Building:
             dynamics = build_dynamics(run.dynamics)
             self.place = (*at, "replicas")
             _check_replicas(run, problem, dynamics)
+            self.place = (*at, "normals")
+            normals = build_normals(run.normals)
+            check_normals(normals, dynamics, problem, network.widths)
+            check_pairs(normals, run.replicas)
             self.place = (*at, "observables")
             shapes = observable_shapes(run, problem, network, dynamics)
         except (ValueError, TypeError, OSError) as error:
             self.faults.append(Fault(self.place, str(error)))
             return None
-        return PreparedRun(run, problem, network, dynamics, run_key(self.study.spec, run), shapes)
+        key = run_key(self.study.spec, run)
+        return PreparedRun(run, problem, network, dynamics, normals, key, shapes)
 
     def orders(self, orders: OrdersSpec, at: Path) -> PreparedOrders | None:
         """An [[orders]] table, or None and a fault."""
@@ -212,6 +220,14 @@ def build_dynamics(spec: DynamicsSpec) -> AbstractDynamics:
 def build_regularizer(spec: RegularizerSpec) -> AbstractRegularizer:
     """The regularizer of a regularizer table."""
     return rebuild_regularizer(spec.model_dump())
+
+
+def build_normals(spec: NormalsSpec | None) -> Normals | None:
+    """What stands for the normals of a run.
+
+    **Raises:** `ValueError` for options that contradict each other.
+    """
+    return None if spec is None else Normals(**dict(spec))
 
 
 def observable_shapes(

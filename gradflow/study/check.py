@@ -403,8 +403,11 @@ def _rule(claim: ClaimSpec, runs: list[RunSpec], at: Path) -> Iterator[Fault]:
         yield Fault((*at, "resolution"), "has a meaning only beside standard_errors; leave it out")
     if claim.standard_errors is not None and claim.quantity != "exponent":
         for run in runs:
-            if run.replicas is not None and run.replicas < 2:
-                message = f'run "{run.name}" has 1 replica; standard errors need at least 2'
+            least = 4 if run.is_antithetic else 2
+            if run.replicas is not None and run.replicas < least:
+                has = f'run "{run.name}" has {run.replicas} replica{"s" * (run.replicas != 1)}'
+                need = f"{least} antithetic ones" if run.is_antithetic else f"{least}"
+                message = f"{has}; standard errors need at least {need}"
                 yield Fault((*at, "standard_errors"), message)
 
 

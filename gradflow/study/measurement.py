@@ -1,7 +1,7 @@
 """What a measured value is, the list of measures, and how they read trajectories.
 
 A measure is a function of a claim and the results of its runs. It raises `ValueError` with the
-reason where the value cannot be measured. Errors are standard errors over replicas.
+reason where the value cannot be measured. Errors are standard errors over independent replicas.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from gradflow.independence import Units
 from gradflow.study.results import RunResult
 from gradflow.study.spec import ClaimSpec
 
@@ -131,11 +132,10 @@ def stored_weights(run: RunResult) -> tuple[Values, ...]:
     return tuple(w[survivors(run)] for w in layers)
 
 
-def mean(values: Values) -> Measurement:
-    """Mean and standard error over replicas, no error for a single one."""
-    count = len(values)
-    error = float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else None
-    return Measurement(float(np.mean(values)), error)
+def mean(values: Values, run: RunResult) -> Measurement:
+    """Mean and standard error over the replicas that did not diverge, no error for a single one."""
+    units = Units(survivors(run), run.trajectory.normals.antithetic)
+    return Measurement(float(np.mean(values)), known(float(units.standard_error(values))))
 
 
 def known(value: float | None) -> float | None:

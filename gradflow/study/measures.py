@@ -132,7 +132,7 @@ def _phase(claim: ClaimSpec, runs: Sequence[RunResult], value: str, error: str) 
 def final(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Replica mean of an observable at the end."""
     (run,) = runs
-    return mean(scalar(claim, run)[:, -1])
+    return mean(scalar(claim, run)[:, -1], run)
 
 
 @measures("change")
@@ -140,7 +140,7 @@ def change(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Replica mean of the final minus the initial value."""
     (run,) = runs
     values = scalar(claim, run)
-    return mean(values[:, -1] - values[:, 0])
+    return mean(values[:, -1] - values[:, 0], run)
 
 
 @measures("change_ratio")
@@ -150,7 +150,7 @@ def change_ratio(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     values = scalar(claim, run)
     if np.any(values[:, 0] == 0):
         raise ValueError(f"{claim.observable} is 0 at the start")
-    return mean(values[:, -1] / values[:, 0])
+    return mean(values[:, -1] / values[:, 0], run)
 
 
 @measures("component_ratio")
@@ -164,7 +164,7 @@ def component_ratio(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     if np.mean(below) == 0:
         raise ValueError(f"{claim.observable} {claim.over} is 0 at the end")
     ratio = float(np.mean(above) / np.mean(below))
-    return Measurement(ratio, mean((above - ratio * below) / np.mean(below)).error)
+    return Measurement(ratio, mean((above - ratio * below) / np.mean(below), run).error)
 
 
 @measures("max_change")
@@ -178,7 +178,7 @@ def max_change(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
 @measures("difference")
 def difference(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Mean at the end in the first run minus that in the second, or relative to the second."""
-    first, second = (mean(scalar(claim, run)[:, -1]) for run in runs)
+    first, second = (mean(scalar(claim, run)[:, -1], run) for run in runs)
     both = f"{first.value:.6g} and {second.value:.6g}"
     error = math.hypot(first.error or 0.0, second.error or 0.0)
     has_error = first.error is not None or second.error is not None
@@ -211,7 +211,7 @@ def displacement_ratio(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measureme
             f'that run "{second.name}" covers'
         )
     ends = inside[[0, -1]]
-    moved, expected = (mean(_displacement(claim, run, ends)) for run in runs)
+    moved, expected = (mean(_displacement(claim, run, ends), run) for run in runs)
     if expected.value == 0:
         raise ValueError(f'{claim.observable} does not change in run "{second.name}"')
     ratio = moved.value / expected.value
@@ -278,7 +278,7 @@ def drift_ratio(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
         integral = np.trapezoid(expected, time, axis=1)
     change = moved[:, -1] - moved[:, 0]
     ratio = float(np.mean(change) / np.mean(integral))
-    scatter = mean((change - ratio * integral) / np.mean(integral))
+    scatter = mean((change - ratio * integral) / np.mean(integral), run)
     return Measurement(ratio, scatter.error, detail=f"t in [{time[0]:.4g}, {time[-1]:.4g}]")
 
 

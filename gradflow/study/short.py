@@ -25,7 +25,9 @@ def _fewer_replicas(orders: OrdersSpec, short: ShortSpec) -> OrdersSpec:
 def _shortened(run: RunSpec, short: ShortSpec) -> RunSpec:
     changes: dict[str, Any] = {}
     if short.replicas is not None and run.replicas is not None:
-        changes["replicas"] = min(run.replicas, short.replicas)
+        most = short.replicas
+        most += most % 2 if run.is_antithetic else 0  # whole pairs
+        changes["replicas"] = min(run.replicas, most)
     if short.duration is not None:
         if run.t1 is not None:
             changes["t1"] = run.t1 * short.duration

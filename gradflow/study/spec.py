@@ -42,6 +42,22 @@ class SaveSpec(Section):
     )
 
 
+class NormalsSpec(Section):
+    """What stands for the standard normals of a run."""
+
+    law: Literal["gaussian", "two-point", "three-point"] = Field(
+        default="gaussian",
+        description="'gaussian', or for weak quantities of a StochasticFlow 'two-point' (order 1) "
+        "or 'three-point'",
+    )
+    antithetic: bool = Field(
+        default=False, description="true (replicas in pairs of opposite normals) or false"
+    )
+    precision: Literal["double", "single"] = Field(
+        default="double", description="'double' or 'single'"
+    )
+
+
 class RunSpec(Section):
     """One problem, one network, one dynamics."""
 
@@ -62,6 +78,9 @@ class RunSpec(Section):
     seed: int | None = Field(
         default=None, ge=0, description="a whole number >= 0; runs with equal seeds share noise"
     )
+    normals: NormalsSpec | None = Field(
+        default=None, description='{ antithetic = true, precision = "single" } or a law'
+    )
     t1: Positive | None = Field(default=None, description="the flow time to reach, a number > 0")
     steps: Count | None = Field(default=None, description="the number of steps, at least 1")
     save: SaveSpec = Field(
@@ -72,6 +91,11 @@ class RunSpec(Section):
         default=None, min_length=1, description="a list of names of observables"
     )
     store_weights: bool | None = Field(default=None, description="true or false")
+
+    @property
+    def is_antithetic(self) -> bool:
+        """Whether its replicas come in pairs of opposite normals."""
+        return self.normals is not None and self.normals.antithetic
 
     @property
     def title(self) -> str:

@@ -219,6 +219,11 @@ def _of_trajectory(
             f"{role}: {int(run.diverged.sum())} of {run.replicas} replicas diverged; use a smaller "
             "step size or less noise."
         )
+    if run.normals.antithetic:
+        raise ValueError(
+            f"{role}: the replicas of the trajectory are antithetic pairs, which are not "
+            "independent; simulate without, or give one of each pair as an array, run[name][::2]."
+        )
     if observable is None:
         parts = [_flattened(w[:, -1], role, f"W_{i}") for i, w in enumerate(run.weights, start=1)]
         return np.concatenate([v for v, _ in parts], axis=1), [n for _, ns in parts for n in ns]

@@ -142,6 +142,7 @@ def run_result(spec: StudySpec, index: int, dataset: xr.Dataset) -> RunResult:
             replicas=run.replicas or 1,
             diverged=0,
             points=20,
+            independent=run.replicas or 1,
             per_replica=np.full(run.replicas or 1, expected),
         )
     phases = Phases(

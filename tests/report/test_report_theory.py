@@ -97,10 +97,10 @@ LAWS_OF_TWO = {name: LAWS[name] for name in ("sgd_0", "sgd_1")}
         (Measured(0.94), Measured(1.0), "differ"),
         (Measured(-1.0), Measured(-1.02), "agree"),
         # Student's t at 2.5 % with 15 degrees of freedom is 2.131.
-        (Measured(1.01, 0.04 / 2.14, 16), Measured(1.0), "agree"),
-        (Measured(1.01, 0.04 / 2.12, 16), Measured(1.0), "undecided"),
-        (Measured(1.09, 0.04 / 2.12, 16), Measured(1.0), "undecided"),
-        (Measured(1.09, 0.04 / 2.14, 16), Measured(1.0), "differ"),
+        (Measured(1.01, 0.04 / 2.14, 16, 16), Measured(1.0), "agree"),
+        (Measured(1.01, 0.04 / 2.12, 16, 16), Measured(1.0), "undecided"),
+        (Measured(1.09, 0.04 / 2.12, 16, 16), Measured(1.0), "undecided"),
+        (Measured(1.09, 0.04 / 2.14, 16, 16), Measured(1.0), "differ"),
         (Measured(1.0, float("nan")), Measured(1.0), "undecided"),
     ],
 )
@@ -116,11 +116,11 @@ def test_verdicts_are_two_one_sided_tests_of_five_percent(
 
 def test_two_measured_rates_share_their_errors():
     # Welch: 0.003 and 0.004 make 0.005, with (25^2)/(9^2/15 + 16^2/15) = 27.8 degrees, t = 2.049.
-    assert judged(Measured(1.0, 0.003, 16), Measured(1.0, 0.004, 16)).word == "agree"
-    shifted = Measured(1.0 + 0.05 - 2.06 * 0.005, 0.003, 16)
-    assert judged(shifted, Measured(1.0, 0.004, 16)).word == "agree"
-    shifted = Measured(1.0 + 0.05 - 2.04 * 0.005, 0.003, 16)
-    assert judged(shifted, Measured(1.0, 0.004, 16)).word == "undecided"
+    assert judged(Measured(1.0, 0.003, 16, 16), Measured(1.0, 0.004, 16, 16)).word == "agree"
+    shifted = Measured(1.0 + 0.05 - 2.06 * 0.005, 0.003, 16, 16)
+    assert judged(shifted, Measured(1.0, 0.004, 16, 16)).word == "agree"
+    shifted = Measured(1.0 + 0.05 - 2.04 * 0.005, 0.003, 16, 16)
+    assert judged(shifted, Measured(1.0, 0.004, 16, 16)).word == "undecided"
 
 
 # --- the table ------------------------------------------------------------------------------------
