@@ -9,13 +9,13 @@ every operation is one that vector units have. (Giles 2010, "Approximating the e
 has the variable $w$ and polynomials on two or three pieces of its range.) All coefficients are
 positive, so nothing cancels.
 
-| bits | arithmetic | differs from the quantile, relatively, by | largest normal |
+| bits | arithmetic | differs from the quantile by at most | largest normal |
 |---|---|---|---|
-| 52 | double | $2 \cdot 10^{-10}$ | 8.2 |
+| 52 | double | $2 \cdot 10^{-10}$ of it | 8.2 |
 | 32 | single | $2 \cdot 10^{-6}$ | 6.3 |
 
-An ensemble of $n$ normals sees a relative error $\epsilon$ of all of them when
-$n \gtrsim \epsilon^{-2}$: after $10^{19}$ and $10^{11}$.
+An ensemble of $n$ normals sees an error $\epsilon$ of all of them when $n \gtrsim \epsilon^{-2}$:
+after $10^{19}$ and $10^{11}$.
 """
 
 import functools

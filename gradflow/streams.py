@@ -1,6 +1,6 @@
 """Counter-based random streams addressed by step and path."""
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import equinox as eqx
 import jax
@@ -66,24 +66,31 @@ class Normals(eqx.Module):
     **Raises:** `ValueError` naming the argument that makes no sense.
     """
 
-    law: Law = eqx.field(static=True, default="gaussian")
-    antithetic: bool = eqx.field(static=True, default=False)
-    precision: Precision = eqx.field(static=True, default="double")
+    law: Law = eqx.field(static=True)
+    antithetic: bool = eqx.field(static=True)
+    precision: Precision = eqx.field(static=True)
 
-    def __check_init__(self):
-        for name, choices in (("law", get_args(Law)), ("precision", get_args(Precision))):
-            if getattr(self, name) not in choices:
+    def __init__(
+        self,
+        law: Law | str = "gaussian",
+        antithetic: bool = False,
+        precision: Precision | str = "double",
+    ):
+        for name, given, choices in (("law", law, Law), ("precision", precision, Precision)):
+            if given not in get_args(choices):
                 raise ValueError(
-                    f"Normals.{name} must be one of {', '.join(map(repr, choices))}; got "
-                    f"{getattr(self, name)!r}."
+                    f"Normals.{name} must be one of {', '.join(map(repr, get_args(choices)))}; got "
+                    f"{given!r}."
                 )
-        if not isinstance(self.antithetic, bool):
-            raise ValueError(f"Normals.antithetic must be True or False; got {self.antithetic!r}.")
-        if self.law != "gaussian" and self.precision == "single":
+        if not isinstance(antithetic, bool):
+            raise ValueError(f"Normals.antithetic must be True or False; got {antithetic!r}.")
+        if law != "gaussian" and precision == "single":
             raise ValueError(
-                f"Normals.precision='single' has no effect on the {self.law} law, whose numbers "
-                "are exact; leave it out."
+                f"Normals.precision='single' has no effect on the {law} law, whose numbers are "
+                "exact; leave it out."
             )
+        self.law, self.antithetic = cast(Law, law), antithetic
+        self.precision = cast(Precision, precision)
 
 
 class Source(eqx.Module):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from compiled import compiled
+from jax.extend.random import threefry2x32_p
 
 from gradflow.streams import Stream, _multiply_high, threefry
 
@@ -41,6 +42,27 @@ def test_threefry_gives_its_published_answers(key, counter, expected):
         jnp.array([counter[1]], jnp.uint32),
     )
     assert tuple(int(w[0]) for w in words) == expected
+
+
+def test_threefry_is_the_generator_of_jax():
+    """Word for word, under keys and counters of all sizes, one key for many counters or many."""
+    rng = np.random.default_rng(0)
+    key, many, counters = (
+        jnp.asarray(rng.integers(0, 2**32, shape, dtype=np.uint32))
+        for shape in ((2,), (2, 1000), (2, 1000))
+    )
+    for keys in (key, many):
+        words = [jnp.broadcast_to(word, 1000) for word in keys]
+        expected = threefry2x32_p.bind(*words, *counters)
+        for found, theirs in zip(threefry(keys, *counters), expected, strict=True):
+            np.testing.assert_array_equal(found, theirs)
+
+
+def test_keys_are_folded_as_jax_folds_them():
+    base = stream([0], [0])
+    for index in (0, 1, 2**31 + 5):
+        expected = jax.random.key_data(jax.random.fold_in(KEY, index))
+        np.testing.assert_array_equal(base.substream(index).key, expected)
 
 
 def test_draws_are_addressed_by_step_path_and_channel():
