@@ -51,9 +51,10 @@ Exit status: 0 every claim holds; 1 some claim fails or is undecided; 2 bad inpu
 
 Dynamics: GradientFlow, ExactFlow, ModifiedFlow, PrincipalFlow, HeavyBallFlow (flow time only);
 GradientDescent, SVAG, StochasticFlow, SlowFlow (step size h). Regularizers: WeightDecay,
-LabelNoise, InputNoise, Minibatch, Dropout, DropConnect, WeightNoise, GradientNoise. A wrong key
-is answered with the allowed ones. Tables that measure orders of convergence: gradflow orders
---help.
+LabelNoise, InputNoise, Minibatch, Dropout, DropConnect, WeightNoise, GradientNoise. A random run
+takes normals = {{ antithetic = true, precision = "single" }}: replicas in pairs of opposite noise.
+A wrong key is answered with the allowed ones. Tables that measure orders of convergence: gradflow
+orders --help.
 
 A spec to start from (save it as mine.toml, then: gradflow study mine.toml):
 

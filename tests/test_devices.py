@@ -32,6 +32,10 @@ PROGRAM = """
                           key=jax.random.key(3), observables=["loss", "squared_norms"])
         assert run.attrs["devices"] == int(sys.argv[1])
         found[f"width {width}, {paths} paths"] = run["loss"].tolist()
+    paired = gf.simulate(problem, net, sde, steps=50, save=3, replicas=10, chunk=6,
+                         key=jax.random.key(3), observables=["loss"], keep="statistics",
+                         normals=gf.Normals(antithetic=True, precision="single"))
+    found["pairs"] = [paired.mean("loss").tolist(), paired.standard_error("loss").tolist()]
     nets = [gf.DeepLinear([[[1.0 + 0.1 * r]], [[0.2]]]) for r in range(5)]
     flow = gf.simulate(gf.Problem(gf.Regression.whitened([[1.0]])), nets,
                        gf.GradientFlow(), t1=2.0, save=3, observables=["loss"])
@@ -55,7 +59,7 @@ def python(program: str, *arguments: str, **changes: str) -> str:
 def test_results_do_not_depend_on_the_number_of_devices():
     """The same random numbers; matrix products of another batch may round differently."""
     one, three = (json.loads(python(PROGRAM, n, GRADFLOW_HOST_DEVICES=n)) for n in ("1", "3"))
-    assert len(one) == 4
+    assert len(one) == 5
     for name, expected in one.items():
         np.testing.assert_allclose(three[name], expected, rtol=1e-11, err_msg=name)
 

@@ -165,7 +165,7 @@ def test_moments_of_one_layer_follow_their_recursion(law: Any, order: int, fourt
 
 @pytest.mark.parametrize(("law", "order"), [("two-point", 1), ("three-point", 2)])
 def test_two_layers_agree_weakly_with_a_gaussian_run(law: Any, order: int):
-    r"""Means of the loss and of $u = w_1^2 - w_2^2$, which decays by the noise and the residual $m$.
+    r"""Means of the loss and of $u = w_1^2 - w_2^2$, which noise and the residual $m$ let decay.
 
     $$\frac{d}{dt} E \log u = -h\, \mathrm{std}^2 - \epsilon E m^2,$$
 

@@ -51,6 +51,43 @@ def test_replicas_of_a_slow_flow_need_noise_along_the_manifold(load):
     )
 
 
+NORMALS = (
+    RUN.replace('{ kind = "GradientFlow" }', '{ kind = "StochasticFlow", step_size = 0.1 }')
+    + 'replicas = 6\nregularizers = [{ kind = "LabelNoise", std = 0.5 }]\n'
+)
+"""A random run without its `normals`."""
+
+
+def test_normals(load):
+    (run,) = built(load, HEAD + NORMALS)
+    assert run.normals is None
+    table = '{ antithetic = true, precision = "single" }'
+    (run,) = built(load, HEAD + NORMALS + f"normals = {table}\n")
+    assert run.normals == gf.Normals(antithetic=True, precision="single")
+    (run,) = built(load, HEAD + NORMALS + 'normals = { law = "three-point" }\n')
+    assert run.normals == gf.Normals(law="three-point")
+
+
+@pytest.mark.parametrize(
+    ("table", "replicas", "message"),
+    [
+        ("{ antithetic = true }", 5, "replicas=5: .*antithetic=True.* give an even number of them"),
+        ('{ law = "two-point", precision = "single" }', 6, "no effect on the two-point law"),
+        ('{ law = "two-point" }', 6, "order=2 needs them up to the fifth"),
+    ],
+)
+def test_normals_that_do_not_serve_are_an_error_of_the_spec(load, table, replicas, message):
+    text = NORMALS.replace("step_size = 0.1", "step_size = 0.1, order = 2")
+    text = text.replace("replicas = 6", f"replicas = {replicas}") + f"normals = {table}\n"
+    with pytest.raises(SpecError, match=rf'spec.toml:14: run "flow", normals: .*{message}'):
+        built(load, HEAD + text)
+
+
+def test_the_short_variant_keeps_whole_pairs(load):
+    text = HEAD + NORMALS + "normals = { antithetic = true }\n[short]\nreplicas = 3\n"
+    assert load(text, short=True).spec.run[0].replicas == 4
+
+
 def test_regularizers(load):
     text = HEAD + RUN + (
         'regularizers = [{ kind = "LabelNoise", std = 0.5 }, { kind = "InputNoise", std = 0.2 }, '

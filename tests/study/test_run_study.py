@@ -112,6 +112,17 @@ def test_a_study(load, tmp_path):
             assert np.array_equal(stored["imbalance"], run.trajectory["imbalance"])
 
 
+def test_a_run_with_antithetic_normals(load, tmp_path):
+    """Replicas go with the normals of the spec, and its claims have errors of pairs."""
+    claim = CLAIM.replace('"flow"', '"noisy"').replace('"max_change"', '"final"')
+    text = HEAD + NOISY + "normals = { antithetic = true }\n" + claim
+    result = carry_out(load, text, tmp_path)
+    stored = gf.Trajectory.load(tmp_path / "runs" / "noisy.nc")
+    assert stored.normals == gf.Normals(antithetic=True)
+    last = stored["imbalance"][:, -1].reshape(2, 2).mean(axis=1)
+    np.testing.assert_allclose(result.claims[0].measured_error, abs(last[0] - last[1]) / 2)
+
+
 def test_a_slow_flow_beside_sgd_and_what_they_take_without_compilation(
     load, tmp_path, monkeypatch, caplog
 ):

@@ -261,6 +261,24 @@ def test_files_that_cannot_be_read(tmp_path):
         load_study(tmp_path / "latin.toml")
 
 
+def test_errors_of_normals(errors):
+    text = HEAD + RUN + 'replicas = 2\nnormals = { antithetic = 1, law = "gauss", prec = "x" }\n'
+    assert errors(text) == [
+        'spec.toml:13: run "flow", normals.law: got "gauss"; did you mean "gaussian"? allowed: '
+        "gaussian, two-point, three-point",
+        'spec.toml:13: run "flow", normals.antithetic: got 1; allowed: true (replicas in pairs of '
+        "opposite normals) or false",
+        'spec.toml:13: run "flow", normals.prec: unknown key; did you mean "precision"? allowed '
+        "here: law, antithetic, precision",
+    ]
+    claim = CLAIM + 'quantity = "final"\nobservable = "loss"\nexpected = 1\nstandard_errors = 3\n'
+    text = HEAD + RUN + "replicas = 2\nnormals = { antithetic = true }\n" + claim
+    assert errors(text) == [
+        'spec.toml:20: claim 1, standard_errors: run "flow" has 2 replicas; standard errors need '
+        "at least 4 antithetic ones"
+    ]
+
+
 def test_windows_line_ends_do_not_move_lines(errors):
     assert errors(WRONG.replace("\n", "\r\n")) == GOLDEN.splitlines()
 
