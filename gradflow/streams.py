@@ -50,18 +50,20 @@ class Normals(eqx.Module):
 
     **Arguments:**
 
-    - `law`: "gaussian"; or random numbers with as many moments right as a weak order needs, which
-        cost less: "two-point", $\pm 1$, has those up to the third (order 1), "three-point",
+    - `law`: "gaussian"; or random numbers with as many moments right as a weak order needs:
+        "two-point", $\pm 1$, has those up to the third (order 1), "three-point",
         $\pm\sqrt3$ with probability 1/6 each and otherwise 0, those up to the fifth (order 2).
         Means over paths keep their order in the step size; paths and densities mean nothing
         (Kloeden and Platen 1992, chapter 14). For stochastic flows only.
     - `antithetic`: the normals of replicas $2q$ and $2q + 1$ are opposite; everything else that is
-        drawn stays independent. Every replica has the same law as without; means over replicas of
-        what is nearly odd in the noise have much smaller errors, and replicas of a pair are not
-        independent of each other, so that standard errors are to be taken over pairs.
-    - `precision`: "single" makes the normals from 32 random bits in single precision, about twice
-        as fast. They end at 6.3 instead of 8.2 and are off by $2 \cdot 10^{-6}$ at most; the
-        dynamics stay in double precision.
+        drawn stays independent. Every replica has the same law as without. Replicas of a pair are
+        not independent of each other, so that standard errors are those of pairs: much smaller for
+        what is nearly odd in the noise, such as mean weights, and up to $\sqrt2$ times larger for
+        what is nearly even, such as the loss on its floor, or gradients of fresh Gaussian rows.
+    - `precision`: "single" makes the normals from 32 random bits in single precision. They end at
+        6.3 instead of 8.2 and are off by $2 \cdot 10^{-6}$ at most; the dynamics stay in double
+        precision. It saves little, since the random bits cost the same: on two busy cores runs of
+        10,000 scalar paths took from 4 % more to 11 % less time (2 to 18 % less with other laws).
 
     **Raises:** `ValueError` naming the argument that makes no sense.
     """

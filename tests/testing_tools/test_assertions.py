@@ -400,5 +400,15 @@ def test_samples_that_cannot_be_compared():
         gt.assert_matches_in_distribution(gf.GradientDescent(0.1), normals(1), problem=PROBLEM)
     with pytest.raises(ValueError, match="not finite"):
         gt.assert_matches_in_distribution(np.full((30, 1), np.nan), normals(1))
+    options = {"steps": 2, "save": 2, "replicas": 32, "key": jax.random.key(0)}
+    paired = gf.simulate(
+        gf.Problem(WHITE, [gf.LabelNoise(0.1)]),
+        NET,
+        gf.GradientDescent(0.1),
+        normals=gf.Normals(antithetic=True),
+        **options,
+    )
+    with pytest.raises(ValueError, match=r"second: .* antithetic pairs, .* run\[name\]\[::2\]"):
+        gt.assert_matches_in_distribution(normals(1), paired)
     with pytest.raises(ValueError, match="false_alarm"):
         gt.assert_matches_in_distribution(normals(0), normals(1), false_alarm=1.0)
