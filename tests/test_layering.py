@@ -147,6 +147,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "noise_free_run",
         "edge",
         "overlap",
+        "at_minimum",
         "prediction",
         "predict",
         "rates",

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
 
+from gradflow.analysis.at_minimum import at_minimum, landed
 from gradflow.analysis.boundary import first_crossing
 from gradflow.analysis.edge import beyond_the_edge, optimization_rate, unstable
 from gradflow.analysis.noise_free_run import noise_free_run, nonzero_spectrum
@@ -30,25 +30,17 @@ from gradflow.geometry.base import (
     check_network,
     check_problem,
     check_widths,
-    output_loss,
 )
-from gradflow.geometry.curvature import kernel_of_root
 from gradflow.geometry.imbalance import imbalance, squared_norms
-from gradflow.geometry.manifold import is_on_manifold, retract
-from gradflow.loss import push_forward
 from gradflow.network import DeepLinear
 from gradflow.observables import theory_options
 from gradflow.problem import Problem
 from gradflow.progress import announced
-from gradflow.regularizers.averaged import averaged_gradient
-from gradflow.theory.drift import flow_imbalance_drift, imbalance_drift
-from gradflow.theory.end_point import driving_force
+from gradflow.theory.drift import imbalance_drift
 from gradflow.theory.floor import total_decay
-from gradflow.theory.slow_drift import slow_drift
-from gradflow.theory.spread import fluctuation_share, is_skewed
 from gradflow.theory.stationary import stationary_covariance
 from gradflow.trajectory import Trajectory
-from gradflow.types import Scalar, Weights
+from gradflow.types import Scalar
 
 STILL = 1e-10
 """Drift of the imbalance, relative to what drives the slow flow, that is rounding."""
@@ -229,7 +221,7 @@ class _Run:
         data = self.problem.data
         moments = Regression.from_moments(self.problem.input_moment, data.syx, data.syy)
         path = noise_free_run(Problem(moments), self.net, mover)
-        limit = DeepLinear(_landed(path.network(-1).weights, self.problem))
+        limit = DeepLinear(landed(path.network(-1).weights, self.problem))
         spectrum = np.asarray(nonzero_spectrum(limit, self.problem.input_moment))
         training = mover if isinstance(mover, GradientDescent) else None
         beta = 0.0 if self.momentum is None else float(self.momentum)
@@ -243,7 +235,7 @@ class _Run:
             options = theory_options(self.dynamics)
         elif theory == "finite_step":
             options = {"discrete": True, "momentum": self.momentum}
-        found = _at_minimum(
+        found = at_minimum(
             self.problem,
             start.limit.weights,
             self._slow_flow(theory),
@@ -383,87 +375,7 @@ def _summary(
     )
 
 
-# Formulas at a minimum, compiled
-
-
 _imbalance_drift = eqx.filter_jit(imbalance_drift)
-
-
-@eqx.filter_jit
-def _landed(weights: Weights, problem: Problem) -> Weights:
-    """The minimum to rounding, where a converged run is close to one."""
-    loss = output_loss(problem)
-    on = retract(weights, loss)
-    return jax.tree.map(lambda a, b: jnp.where(is_on_manifold(on, loss), a, b), on, weights)
-
-
-class _AtMinimum(eqx.Module):
-    """What the formulas say at a minimum.
-
-    - `residual`, `plateau`: $|M|$ and the excess loss to which penalties and noise inside the
-        network pull; `noise_floor`: the excess loss that noise keeps up.
-    - `relative_error`: `fluctuation_share`, or its root where the noise is skewed.
-    - `drift`: $dD/dt$ of the slow flow; `force`: what drives it.
-    """
-
-    residual: Scalar
-    plateau: Scalar
-    noise_floor: Scalar
-    relative_error: Scalar
-    drift: Scalar
-    force: Scalar
-
-
-@eqx.filter_jit
-def _at_minimum(
-    problem: Problem,
-    weights: Weights,
-    flow: SlowFlow | None,
-    fluctuates: dict[str, Any] | None,
-) -> _AtMinimum:
-    """The formulas of one theory.
-
-    **Arguments:**
-
-    - `flow`: its slow flow; None for gradient flow.
-    - `fluctuates`: options of `stationary_covariance`; None where no noise acts.
-    """
-    if flow is None:
-        velocity = slow_drift(problem, weights, 0.0, finite_step=False)
-        drift = flow_imbalance_drift(weights, velocity)
-    else:
-        drift = flow.imbalance_drift(problem, weights)
-    share = jnp.ones(())
-    if flow is not None and flow.momentum is not None and flow.decay == "decoupled":
-        share = 1.0 - flow.momentum
-    floor = error = jnp.zeros(())
-    if flow is not None and fluctuates is not None:
-        h, beta = flow.step_size, flow.momentum
-        floor = 0.5 * jnp.trace(stationary_covariance(problem, weights, h, **fluctuates))
-        error = fluctuation_share(problem, weights, h, beta, finite_step=flow.finite_step)
-        error = jnp.sqrt(error) if is_skewed(problem) else error
-    if flow is None:
-        force = driving_force(problem, weights, 0.0, None, False)
-    else:
-        force = driving_force(problem, weights, flow.step_size, flow.momentum, flow.finite_step)
-    return _AtMinimum(*_plateau(problem, weights, share), floor, error, drift, force)
-
-
-def _plateau(problem: Problem, weights: Weights, share: Scalar) -> tuple[Scalar, Scalar]:
-    r"""$|M|$ and the excess loss to which penalties and noise inside the network pull.
-
-    At a minimum the data loss has no gradient, and $K x = -\tilde J\,(\nabla R + s \nabla L_2)$
-    for $x = \mathrm{vec}(M S^{-1/2})$, where the penalties $L_2$ act with the share $s$ of the
-    strength of the gradient (docs/theory.md section 4, for every regularizer).
-    """
-    loss = output_loss(problem)
-    smooth = averaged_gradient(weights, problem.data, problem.regularizers, penalties=False)
-    decayed = problem.add_penalties(jax.tree.map(jnp.zeros_like, weights), weights)
-    pull = tuple(g + share * d for g, d in zip(smooth, decayed, strict=True))
-    pulled = push_forward(weights, pull) @ loss.root
-    inverse = jnp.linalg.pinv(kernel_of_root(weights, loss.root), hermitian=True)
-    x = (inverse @ pulled.ravel()).reshape(pulled.shape)
-    return jnp.linalg.norm(x @ loss.root), 0.5 * jnp.sum(x * x)
 
 
 def _exact_drift(
