@@ -8,7 +8,6 @@ loss against an integration to near rounding, and of the entries of every G_i, w
 
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,12 +60,15 @@ def own_solve(case: FlowCase, flow: gf.GradientFlow) -> Callable[[], np.ndarray]
 def own_core(case: FlowCase, flow: gf.GradientFlow) -> Callable[[], np.ndarray]:
     """`GradientFlow.solve`, compiled, as inside a sweep; gives `(SAVES, weights)`."""
     problem = gf.Problem(gf.Regression.whitened(case.target))
-    net = gf.DeepLinear(list(case.layers))
-    solve = eqx.filter_jit(flow.solve)
+    start = tuple(jnp.asarray(w) for w in case.layers)
     times = jnp.asarray(case.times)
 
+    @jax.jit
+    def solve(layers: tuple[jax.Array, ...], times: jax.Array) -> tuple[jax.Array, ...]:
+        return flow.solve(problem, gf.DeepLinear(layers), times)
+
     def run() -> np.ndarray:
-        layers = jax.device_get(solve(problem, net, times))
+        layers = jax.device_get(solve(start, times))
         return np.concatenate([w.reshape(SAVES, -1) for w in layers], axis=1)
 
     return run

@@ -21,12 +21,19 @@ def main() -> None:
     chosen = options(__doc__).parse_args()
     report = Report("scalar_descent", chosen)
     training = scalar()
-    steps = 256 if chosen.quick else 4_096
+    steps = 256 if chosen.quick else 16_384
     starts = np.repeat(np.array([[2.0], [0.1]]), PATHS, axis=1)
     own = gradflow_ensemble(training, gf.GradientDescent(training.step_size), PATHS)
+    single = gradflow_ensemble(
+        training,
+        gf.GradientDescent(training.step_size),
+        PATHS,
+        gf.Normals(precision="single"),
+    )
     methods = [
         Method("noise alone", noise_alone((1, 1), PATHS), steps, None),
         Method("gradflow", own, steps),
+        Method("gradflow, single-precision normals", single, steps),
         Method(
             "JAX by hand",
             jax_peers.scan_in_blocks(training, training.descent_scales, PATHS, block=64),

@@ -24,7 +24,7 @@ def main() -> None:
     chosen = options(__doc__).parse_args()
     report = Report("scalar_sde", chosen)
     training = scalar()
-    steps = 256 if chosen.quick else 4_096
+    steps, fewer = (256, 256) if chosen.quick else (16_384, 2_048)
     slow = 64 if chosen.quick else 256
     few = 16 if chosen.quick else 64
     starts = np.repeat(np.array([[2.0], [0.1]]), PATHS, axis=1)
@@ -32,6 +32,11 @@ def main() -> None:
     methods = [
         Method("noise alone", noise_alone((1, 1), PATHS), steps, None),
         Method("gradflow", gradflow_ensemble(training, flow, PATHS), steps),
+        Method(
+            "gradflow, two-point increments",
+            gradflow_ensemble(training, flow, PATHS, gf.Normals(law="two-point")),
+            steps,
+        ),
         Method(
             "JAX by hand",
             jax_peers.scan_in_blocks(training, training.flow_scales, PATHS, block=64),
@@ -41,7 +46,7 @@ def main() -> None:
         Method(
             "diffrax, UnsafeBrownianPath",
             jax_peers.diffrax_solves(training, PATHS, tree=False),
-            steps,
+            fewer,
             columns,
         ),
         Method(

@@ -32,7 +32,10 @@ class Method:
 
 
 def gradflow_ensemble(
-    training: Training, dynamics: gf.AbstractDynamics, paths: int
+    training: Training,
+    dynamics: gf.AbstractDynamics,
+    paths: int,
+    normals: gf.Normals | None = None,
 ) -> Callable[[int], Any]:
     """`gradflow.simulate`, whose result is the layers at the end."""
     problem, net = training.problem, gf.DeepLinear(list(training.layers))
@@ -46,6 +49,7 @@ def gradflow_ensemble(
             steps=-(-steps // ticks),
             replicas=paths,
             key=jax.random.key(5),
+            normals=normals,
             save=2,
             observables=["loss"],
             store_weights=True,
