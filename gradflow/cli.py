@@ -141,8 +141,8 @@ Every run is a line of the table; times and rates are in flow time t = h k of st
 A dash means that there is no such number, "see below" that there is no prediction at all, because
 theory does not cover the run or training diverges; a line below the table says why.
 
-Half-lives and end points are integrated, which takes seconds a run, most of them for compiling the
-first time. From Python: print(gf.predict(problem, net, 0.1)), and the network after ten million
+Half-lives and end points are integrated, which takes seconds a run, most of them for compiling.
+From Python: print(gf.predict(problem, net, 0.1)), and the network after ten million
 steps is gf.predict(problem, net, 0.1).at(steps=10**7).net.
 
 \b

@@ -16,9 +16,13 @@ def set_up_jax() -> None:
     the processor is divided into, over which ensembles are spread; default: one a core, unless
     JAX has been told otherwise by `JAX_NUM_CPU_DEVICES`, `jax_num_cpu_devices` or `XLA_FLAGS`.
 
-    **Raises:** `ValueError` for a `GRADFLOW_HOST_DEVICES` that is not a number >= 1.
+    **Raises:** `ValueError` for a `GRADFLOW_X64` that is neither 0 nor 1, or a
+    `GRADFLOW_HOST_DEVICES` that is not a number >= 1.
     """
-    if os.environ.get("GRADFLOW_X64", "1") != "0":
+    double = os.environ.get("GRADFLOW_X64", "1")
+    if double not in ("0", "1"):
+        raise ValueError(f"GRADFLOW_X64 must be 1 (double precision) or 0; got {double!r}.")
+    if double == "1":
         _set("jax_enable_x64", True)
     count = host_devices()
     if count is None:

@@ -288,9 +288,11 @@ def _starts(
         raise TypeError(
             f"problem must be a Problem such as Problem(data, [...]); got {type(problem).__name__}."
         )
-    nets = [net] if isinstance(net, DeepLinear) else list(net)
-    if not nets or not all(isinstance(n, DeepLinear) for n in nets):
-        raise TypeError("net must be a DeepLinear or a non-empty sequence of them.")
+    nets = [net] if isinstance(net, DeepLinear) else net
+    if not isinstance(nets, Sequence) or not nets or not _are_networks(nets):
+        raise TypeError(
+            f"net must be a DeepLinear or a non-empty sequence of them; got {type(net).__name__}."
+        )
     d_in, d_out = problem.data.d_in, problem.data.d_out
     for n in nets:
         if n.widths != nets[0].widths:
@@ -313,6 +315,10 @@ def _starts(
             "networks are the replicas."
         )
     return [n.weights for n in nets], len(nets)
+
+
+def _are_networks(nets: Sequence[Any]) -> bool:
+    return all(isinstance(n, DeepLinear) for n in nets)
 
 
 def _stacked(starts: list[Weights], first: int, count: int) -> Weights:

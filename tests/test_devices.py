@@ -108,6 +108,12 @@ def test_refuses_a_number_of_devices_that_is_none(asked: str, monkeypatch: pytes
         jax_settings.host_devices()
 
 
+def test_refuses_words_for_double_precision(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GRADFLOW_X64", "false")
+    with pytest.raises(ValueError, match="GRADFLOW_X64 must be 1"):
+        jax_settings.set_up_jax()
+
+
 @pytest.mark.parametrize(
     ("quota", "expected"),
     [("max 100000", 6), ("200000 100000", 2), ("150000 100000", 1), ("50000 100000", 1), (None, 6)],

@@ -321,6 +321,8 @@ def test_refuses_things_of_the_wrong_kind():
             ((data, net, descent), {}),
             ((problem, [], descent), {}),
             ((problem, [[[1.0]]], descent), {}),
+            ((problem, descent, net), {}),
+            ((problem, net, descent), {"normals": {"antithetic": True}}),
             ((problem, net, gf.GradientDescent), {}),
             ((problem, net, descent), {"key": 0}),
             ((problem, net, descent), {"key": jax.random.split(jax.random.key(0), 3)}),
@@ -344,8 +346,10 @@ def test_refuses_things_of_the_wrong_kind():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     expected = [
         "TypeError: problem must be a Problem such as Problem(data, [...]); got Regression.",
-        "TypeError: net must be a DeepLinear or a non-empty sequence of them.",
-        "TypeError: net must be a DeepLinear or a non-empty sequence of them.",
+        "TypeError: net must be a DeepLinear or a non-empty sequence of them; got list.",
+        "TypeError: net must be a DeepLinear or a non-empty sequence of them; got list.",
+        "TypeError: net must be a DeepLinear or a non-empty sequence of them; got GradientDescent.",
+        "TypeError: normals must be Normals such as gf.Normals(antithetic=True); got {'anti",
         "TypeError: dynamics must be a dynamics such as GradientDescent(0.1); got <class",
         "TypeError: key must be a random key such as jax.random.key(0); got 0.",
         "ValueError: key must be a single threefry key such as jax.random.key(0); got key data of",

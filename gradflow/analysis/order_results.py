@@ -131,6 +131,7 @@ class Orders:
         lines = [
             f"{_sentence(self)} at t = {when}{' (largest)' if len(self.times) > 1 else ''}",
             f"{self.coupling}; intervals of confidence {self.confidence:g}",
+            "orders are extrapolated to h -> 0 and may lie beyond the local slopes",
             *self.notes,
             "",
             *_table(self.rows),

@@ -93,8 +93,8 @@ def orders(
     - `confidence`: of the interval of each order.
     - `progress`: as in `simulate`.
 
-    **Returns:** `Orders`; `str()` of it is a table. After Ctrl-C it holds what was done, with
-    `interrupted=True`.
+    **Returns:** `Orders`; `str()` of it is a table. After Ctrl-C it holds the step sizes
+    that were done, with `interrupted=True`; before there is one, `KeyboardInterrupt` is raised.
 
     **Raises:** `ValueError` or `TypeError` for bad input; a strong distance without common noise.
     """

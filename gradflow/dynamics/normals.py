@@ -22,6 +22,10 @@ def check_normals(
 
     **Raises:** `ValueError` naming the option, and why the run cannot take it.
     """
+    if not isinstance(normals, Normals | None):
+        raise TypeError(
+            f"normals must be Normals such as gf.Normals(antithetic=True); got {normals!r}."
+        )
     if normals is None or normals == Normals():
         return
     given = _given(normals)

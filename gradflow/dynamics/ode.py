@@ -1,7 +1,7 @@
 """Dynamics that are ordinary differential equations, integrated with adaptive steps."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import diffrax
@@ -82,7 +82,9 @@ class AbstractOdeFlow(AbstractDynamics):
         """Integrate every path from flow time `start` to `stop`, each with its own steps."""
         return self._moved(problem, state, start, stop)
 
-    def solve(self, problem: Problem, net: DeepLinear, times: Float[Array, " times"]) -> Weights:
+    def solve(
+        self, problem: Problem, net: DeepLinear, times: ArrayLike | Sequence[float]
+    ) -> Weights:
         """The weights at increasing flow times, one `(T, d_i, d_{i-1})` array a layer.
 
         A pure function, for use inside `jax.jit`, `jax.vmap` and `jax.grad`: a sweep over starts,
@@ -95,6 +97,7 @@ class AbstractOdeFlow(AbstractDynamics):
 
         **Returns:** the weights, NaN from the first time that could not be reached.
         """
+        stops = jnp.asarray(times, jnp.result_type(float))
         state = self.init(problem, tuple(w[..., None] for w in net.weights))
 
         def go(before: tuple[State, Array], stop: Array) -> tuple[tuple[State, Array], Weights]:
@@ -102,7 +105,7 @@ class AbstractOdeFlow(AbstractDynamics):
             state = self._moved(problem, state, start, stop)
             return (state, stop), tuple(w[..., 0] for w in state.weights)
 
-        return jax.lax.scan(go, (state, jnp.zeros((), times.dtype)), times)[1]
+        return jax.lax.scan(go, (state, jnp.zeros((), stops.dtype)), stops)[1]
 
     def _moved(self, problem: Problem, state: State, start: Array, stop: Array) -> State:
         companions, planned = state.memory

@@ -15,6 +15,8 @@ Decay = Literal["coupled", "decoupled"]
 def checked_step_size(owner: str, value: ArrayLike) -> Scalar:
     """A step size as an array. **Raises:** `ValueError` unless it is finite and > 0."""
     step_size = as_parameter(value)
+    if step_size.ndim != 0:
+        raise ValueError(f"{owner}.step_size must be a single number; got {value!r}.")
     h = float(step_size)
     if not (0.0 < h < float("inf")):
         raise ValueError(f"{owner}.step_size must be a finite number > 0; got {h}.")
@@ -24,6 +26,8 @@ def checked_step_size(owner: str, value: ArrayLike) -> Scalar:
 def checked_momentum(owner: str, value: ArrayLike) -> Scalar:
     """A momentum as an array. **Raises:** `ValueError` unless it lies in [0, 1)."""
     momentum = as_parameter(value)
+    if momentum.ndim != 0:
+        raise ValueError(f"{owner}.momentum must be a single number; got {value!r}.")
     beta = float(momentum)
     if not (0.0 <= beta < 1.0):
         raise ValueError(f"{owner}.momentum must lie in [0, 1); got {beta}.")

@@ -97,7 +97,6 @@ def hessian_trace(net: DeepLinear, data: Regression | Problem) -> Scalar:
     return jnp.sum(hessian_block_traces(net, data))
 
 
-@eqx.filter_jit  # operation by operation, the products take seconds for every new shape
 def sharpness(net: DeepLinear, data: Regression | Problem) -> Scalar:
     r"""The largest eigenvalue $\lambda_{\max}$ of the Hessian of the loss, for any size.
 
@@ -113,6 +112,12 @@ def sharpness(net: DeepLinear, data: Regression | Problem) -> Scalar:
 
     **Raises:** `ValueError` if the widths of network and data differ.
     """
+    check_network(net)
+    return _sharpness(net, data)
+
+
+@eqx.filter_jit  # operation by operation, the products take seconds for every new shape
+def _sharpness(net: DeepLinear, data: Regression | Problem) -> Scalar:
     data = as_problem(net, data)
     if net.num_parameters <= DENSE_SIZE:
         return jnp.linalg.eigvalsh(dense_hessian(net, data))[-1]
@@ -122,7 +127,6 @@ def sharpness(net: DeepLinear, data: Regression | Problem) -> Scalar:
     return jnp.vdot(vector, flat_hessian(net, data)(vector))
 
 
-@eqx.filter_jit
 def extreme_eigenvalues(
     net: DeepLinear, data: Regression | Problem, k: int = 1
 ) -> ExtremeEigenvalues:
@@ -140,11 +144,17 @@ def extreme_eigenvalues(
 
     **Raises:** `ValueError` unless $1 \le k \le$ the number of parameters.
     """
-    data = as_problem(net, data)
+    check_network(net)
     size = net.num_parameters
-    if not 1 <= k <= size:
-        raise ValueError(f"k must lie between 1 and the {size} parameters; got {k}.")
-    if size <= DENSE_SIZE:
+    if not isinstance(k, int) or not 1 <= k <= size:
+        raise ValueError(f"k must be an integer from 1 to the {size} parameters; got {k!r}.")
+    return _extreme_eigenvalues(net, data, k)
+
+
+@eqx.filter_jit
+def _extreme_eigenvalues(net: DeepLinear, data: Regression | Problem, k: int) -> ExtremeEigenvalues:
+    data = as_problem(net, data)
+    if net.num_parameters <= DENSE_SIZE:
         values = jnp.linalg.eigvalsh(dense_hessian(net, data))
         return ExtremeEigenvalues(values[:k], values[-k:])
     matrix = flat_hessian(net, data)

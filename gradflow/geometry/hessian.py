@@ -20,10 +20,10 @@ from gradflow.types import EndToEnd, Weights
 def hessian(net: DeepLinear, data: Regression | Problem) -> lx.AbstractLinearOperator:
     r"""The Hessian of the loss as a symmetric linear operator on the layers.
 
-    `hessian(net, data).mv(V)` is `hessian_vector_product(net, data, V)`, with everything that does
-    not depend on $V$ computed once; `.as_matrix()` is the dense matrix, rows in the order of the
-    layers. For a `Problem` it is the Hessian of `problem.averaged_loss`, penalties and noise
-    included.
+    `hessian(net, data).mv(V)` is `hessian_vector_product(net, data, V)` for a tuple $V$ of layers,
+    with everything that does not depend on $V$ computed once; `.as_matrix()` is the dense matrix,
+    rows in the order of the layers. For a `Problem` it is the Hessian of `problem.averaged_loss`,
+    penalties and noise included.
 
     **Arguments:**
 

@@ -34,12 +34,13 @@ def as_parameter(value: ArrayLike) -> Scalar:
 
     **Raises:** `TypeError` if it is not a number.
     """
+    wrong = TypeError(f"step sizes, rates, levels and tolerances must be numbers; got {value!r}.")
+    if isinstance(value, str):  # NumPy would read the number in it
+        raise wrong
     try:
         return jnp.asarray(value, jnp.result_type(float))
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"step sizes, rates, levels and tolerances must be numbers; got {value!r}."
-        ) from error
+        raise wrong from error
 
 
 def check_nonnegative(name: str, value: Array) -> None:

@@ -23,6 +23,8 @@ def test_gives_the_weights_of_simulate(flow: gf.AbstractDynamics):
     for layer, expected, start in zip(saved, run.weights, NET.weights, strict=True):
         np.testing.assert_allclose(layer, expected, rtol=0.0, atol=1e-14)
         np.testing.assert_array_equal(layer[0], start)
+    of_list = flow.solve(PROBLEM, NET, TIMES.tolist())
+    np.testing.assert_allclose(of_list[0], saved[0], rtol=0.0, atol=1e-14)
 
 
 def test_a_sweep_is_one_program():

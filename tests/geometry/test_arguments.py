@@ -32,6 +32,9 @@ PROGRAM = """
     calls += [(gf.sharpness_bound, (data, [2, 3])), (gf.sharpness_bound, (data, [2, 1, 2]))]
     calls += [(gf.trace_bound, (data, 2)), (gf.flattest_minimum, (data, 2))]
     calls += [(gf.flattest_minimum, (net, [2, 2, 2]))]
+    calls += [(gf.sharpness, (gf.flattest_minimum(data, [2, 2, 2]), data))]
+    calls += [(gf.extreme_eigenvalues, (net, data, 1.5))]
+    calls += [(gf.GradientDescent, ([0.1, 0.2],)), (gf.GradientDescent, ("0.1",))]
     for function, arguments in calls:
         try:
             options = {"key": None} if function is gf.spectral_density else {}
@@ -57,6 +60,10 @@ EXPECTED = [SWAPPED] * 13 + [
     "TypeError: widths must be those of all layers, input first, such as [2, 3, 2]",
     "TypeError: widths must be those of all layers, input first, such as [2, 3, 2]; got 2.",
     "TypeError: data must be a Regression or a Problem; got DeepLinear.",
+    "TypeError: net must be a DeepLinear; got FlattestMinimum.",
+    "ValueError: k must be an integer from 1 to the 8 parameters; got 1.5.",
+    "ValueError: GradientDescent.step_size must be a single number; got [0.1, 0.2].",
+    "TypeError: step sizes, rates, levels and tolerances must be numbers; got '0.1'.",
 ]
 
 
