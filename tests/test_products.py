@@ -150,7 +150,9 @@ def test_groups_put_together_are_the_ensemble(size, paths):
 def test_paths_together():
     # A layer of 20 paths of width 10 takes 15.6 KB of the 16 KB: 50 groups, of whole vectors.
     assert paths_together((10, 10, 10), 1000) == paths_together((2, 10, 1), 1000) == 24
-    assert paths_together((3, 3), 450) == paths_together((3, 3), 456) == 152  # 227 would fit
+    # 227 paths of width 3 fit: two groups of 225, or three of 152.
+    assert paths_together((3, 3), 450) == 232
+    assert paths_together((3, 3), 456) == 152
     assert paths_together((10, 10), 7) == 7
     assert paths_together((MOST_SUMMED, 1), 1000) == FEWEST_LANES
     assert paths_together((MOST_SUMMED + 1, 1), 1000) == 1
