@@ -24,7 +24,7 @@ from gradflow.report.style import OKABE_ITO, drawing_style, log_axis, new_figure
 DEPTHS = (2, 3, 4, 6, 8, 12, 16)
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PATHS = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
-STEPS = (100, 300, 1_000, 3_000, 10_000, 30_000)
+STEPS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000)
 NUMBERS = 300_000
 """Weights held at once where depth or width grows: it sets the number of paths."""
 
@@ -80,8 +80,8 @@ def cost(depth: int, width: int, paths: int, steps: int, rounds: int) -> dict[st
 
 
 def enough_steps(numbers: float, seconds: float) -> int:
-    """Steps that take about the given time at 10 ns a number and 0.1 ms a step."""
-    return int(np.clip(seconds / (1e-8 * numbers + 1e-4), 8, 20_000))
+    """Steps that take about the given time at 10 ns a number and 50 ns a step."""
+    return int(np.clip(seconds / (1e-8 * numbers + 5e-8), 8, 2_000_000))
 
 
 def growth(quick: bool, rounds: int) -> dict[str, list[dict[str, float]]]:

@@ -41,7 +41,7 @@ from jaxtyping import Array, Float
 MOST_SUMMED = 20
 """Inner width up to which products are written out as sums."""
 
-MOST_FUSED = 2
+MOST_FUSED = 1
 """Inner width up to which it is cheaper to compute a factor again than to store it."""
 
 MOST_STREAMED = 4

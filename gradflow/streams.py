@@ -62,8 +62,8 @@ class Normals(eqx.Module):
         what is nearly even, such as the loss on its floor, or gradients of fresh Gaussian rows.
     - `precision`: "single" makes the normals from 32 random bits in single precision. They end at
         6.3 instead of 8.2 and are off by $2 \cdot 10^{-6}$ at most; the dynamics stay in double
-        precision. It saves little, since the random bits cost the same: on two busy cores runs of
-        10,000 scalar paths took from 4 % more to 11 % less time (2 to 18 % less with other laws).
+        precision. It saves little, since the random bits cost the same: on two cores runs of
+        10,000 scalar paths took 4 % less time (15 % less with increments of two values).
 
     **Raises:** `ValueError` naming the argument that makes no sense.
     """
