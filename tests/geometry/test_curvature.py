@@ -260,7 +260,9 @@ def test_sharpness_at_width_64():
 
 @pytest.mark.parametrize("k", [0, 9])
 def test_more_eigenvalues_than_parameters(k):
-    with pytest.raises(ValueError, match=f"k must be an integer from 1 to the 8 parameters; got {k}"):
+    with pytest.raises(
+        ValueError, match=f"k must be an integer from 1 to the 8 parameters; got {k}"
+    ):
         extreme_eigenvalues(network((2, 2, 2)), samples((2, 2), 4), k)
 
 
