@@ -8,11 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gradflow.dynamics.base import ACCELERATOR_BYTES, ACCELERATOR_STEPS
+from gradflow.products import on_cpu
 from gradflow.runner import COMPILER
 from gradflow.streams import Stream
 
 CACHE = 2**21
-"""Bytes of noise drawn at once."""
+"""Bytes of noise drawn at once on CPUs."""
+
+COPIED = 2**30
+"""Bytes of an array that is copied within the memory of an accelerator."""
 
 GEMM_SIZE = 1024
 
@@ -36,7 +41,8 @@ def noise_alone(shape: tuple[int, ...], paths: int) -> Callable[[int], jax.Array
     block.
     """
     per_step = int(np.prod(shape)) * paths * 8
-    block = int(2 ** np.clip(np.floor(np.log2(max(CACHE // per_step, 1))), 0, 8))
+    most = CACHE if on_cpu() else ACCELERATOR_BYTES
+    block = int(2 ** np.clip(np.floor(np.log2(max(most // per_step, 1))), 0, 8))
     numbers = over_devices(jnp.arange(paths, dtype=jnp.uint32))
     key = jax.random.key_data(jax.random.key(0))
 
@@ -45,18 +51,28 @@ def noise_alone(shape: tuple[int, ...], paths: int) -> Callable[[int], jax.Array
         def one(b: jax.Array, total: jax.Array) -> jax.Array:
             stream = Stream(key, b * block + jnp.arange(block), numbers).substream(0)
             normals = stream.normals(shape)
-            return jax.lax.fori_loop(0, block, lambda j, total: total + normals[j], total)
+            unroll = 1 if on_cpu() else min(ACCELERATOR_STEPS, block)
+            return jax.lax.fori_loop(
+                0, block, lambda j, total: total + normals[j], total, unroll=unroll
+            )
 
         return jax.lax.fori_loop(0, blocks, one, jnp.zeros((*shape, paths)))
 
     return lambda steps: total(jnp.asarray(-(-steps // block)), numbers).block_until_ready()
 
 
-def gemm() -> tuple[Callable[[], jax.Array], float]:
-    """A large product of matrices in double precision, and its floating-point operations."""
-    a, b = jax.random.normal(jax.random.key(0), (2, GEMM_SIZE, GEMM_SIZE))
-    multiply = jax.jit(jnp.matmul)
-    return lambda: multiply(a, b).block_until_ready(), 2.0 * GEMM_SIZE**3
+def gemm(size: int = GEMM_SIZE) -> tuple[Callable[[], jax.Array], float]:
+    """A large product of matrices, and its floating-point operations."""
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size))
+    multiply = jax.jit(partial(jnp.matmul, precision="highest"))
+    return lambda: multiply(a, b).block_until_ready(), 2.0 * size**3
+
+
+def copy() -> tuple[Callable[[], jax.Array], float]:
+    """A copy within the memory of the device, and the bytes it reads and writes."""
+    array = jnp.zeros(COPIED // 8, jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
+    again = jax.jit(lambda x: x + 1.0)
+    return lambda: again(array).block_until_ready(), 2.0 * array.nbytes
 
 
 def step_flops(depth: int, width: int) -> float:

@@ -9,6 +9,7 @@ from gradflow.products import (
     FEWEST_LANES,
     MOST_FUSED,
     MOST_SUMMED,
+    MOST_SUMMED_ON_ACCELERATORS,
     in_groups,
     paths_together,
     product,
@@ -48,6 +49,16 @@ def test_product_of_one_path_and_of_an_ensemble(inner, axes):
     np.testing.assert_allclose(ensemble, expected, rtol=1e-12, atol=1e-13)
     first = jax.jit(jax.vmap(multiply))(jnp.moveaxis(a, -1, 0), jnp.moveaxis(b, -1, 0))
     np.testing.assert_allclose(np.moveaxis(first, 0, -1), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("inner", [MOST_SUMMED_ON_ACCELERATORS, MOST_SUMMED_ON_ACCELERATORS + 1])
+def test_the_forms_of_accelerators(inner, axes, monkeypatch):
+    monkeypatch.setattr("gradflow.products.on_cpu", lambda: False)
+    a, b = factors(inner, axes)
+    found = jax.jit(jax.vmap(lambda x, y: product(x, y, axes), -1, -1))(a, b)
+    np.testing.assert_allclose(found, in_numpy(a, b, axes), rtol=1e-12, atol=1e-13)
+    assert paths_together((inner, 2), 1000) == 1000
 
 
 @pytest.mark.parametrize("axes", AXES)

@@ -16,6 +16,7 @@ from gradflow.dynamics.base import (
     bury,
     divergence_limit,
     over_paths,
+    repeated,
 )
 from gradflow.dynamics.layers import added, minus_scaled, over_all_paths, penalty_gradient
 from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
@@ -189,7 +190,7 @@ class GradientDescent(AbstractDynamics):
                 moved, memory = over_paths(step)(*carry, at_step(state.noise, j))
                 return bury(moved, state.limit), memory
 
-            weights, memory = jax.lax.fori_loop(first, last, one, (state.weights, state.memory))
+            weights, memory = repeated(first, last, one, (state.weights, state.memory))
             return State(weights, memory, state.noise, state.limit)
 
         return advance_in_blocks(state, start, stop, block, draw, run)

@@ -14,6 +14,7 @@ from gradflow.dynamics.base import (
     State,
     advance_in_blocks,
     divergence_limit,
+    steps_a_turn,
 )
 from gradflow.dynamics.layers import penalty_gradient
 from gradflow.dynamics.modified_flow import is_reshuffled
@@ -28,6 +29,7 @@ from gradflow.dynamics.settings import checked_count, checked_step_size
 from gradflow.network import left_products, right_products, widths_of
 from gradflow.problem import Problem
 from gradflow.solvers.grid_path import GridBrownianPath
+from gradflow.solvers.several_steps import SeveralSteps
 from gradflow.solvers.small_noise import SmallNoise
 from gradflow.streams import Source, Stream
 from gradflow.types import Scalar, Weights
@@ -179,18 +181,27 @@ class StochasticFlow(AbstractDynamics):
 
         def run(state: State, first: Array, last: Array) -> State:
             solver, terms = self._equation(problem, state.noise, state.limit)
-            solution = diffrax.diffeqsolve(
-                terms,
-                solver,
-                t0=first.astype(clock),
-                t1=last.astype(clock),
-                dt0=jnp.ones((), clock),
-                y0=state.weights,
-                saveat=diffrax.SaveAt(t1=True),
-                max_steps=block,
-                throw=False,
-            )
-            weights = tuple(w[0] for w in cast(Weights, solution.ys))
+
+            def solved(count: int, first: Array, last: Array, weights: Weights) -> Weights:
+                solution = diffrax.diffeqsolve(
+                    terms,
+                    solver if count == 1 else SeveralSteps(solver, count),
+                    t0=first.astype(clock),
+                    t1=last.astype(clock),
+                    dt0=jnp.full((), count, clock),
+                    y0=weights,
+                    saveat=diffrax.SaveAt(t1=True),
+                    max_steps=block,
+                    throw=False,
+                )
+                return tuple(w[0] for w in cast(Weights, solution.ys))
+
+            weights = state.weights
+            count = steps_a_turn(weights)
+            if count > 1 and isinstance(solver, diffrax.Euler):
+                between = last - (last - first) % count
+                weights, first = solved(count, first, between, weights), between
+            weights = solved(1, first, last, weights)
             return State(weights, (), state.noise, state.limit)
 
         return advance_in_blocks(state, start, stop, block, draw, run)

@@ -15,6 +15,7 @@ from gradflow.dynamics.base import (
     bury,
     divergence_limit,
     over_paths,
+    repeated,
 )
 from gradflow.dynamics.layers import minus_scaled
 from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
@@ -129,10 +130,11 @@ class SVAG(AbstractDynamics):
             return minus_scaled(weights, dt, self._gradient(problem, weights, noise))
 
         def run(state: State, first: Array, last: Array) -> State:
-            def one(j: Array, weights: Weights) -> Weights:
-                return bury(over_paths(step)(weights, at_step(state.noise, j)), state.limit)
+            def one(j: Array, carry: tuple[Weights, Any]) -> tuple[Weights, Any]:
+                moved = over_paths(step)(carry[0], at_step(state.noise, j))
+                return bury(moved, state.limit), ()
 
-            weights = jax.lax.fori_loop(first, last, one, state.weights)
+            weights, _ = repeated(first, last, one, (state.weights, ()))
             return State(weights, (), state.noise, state.limit)
 
         return advance_in_blocks(state, start, stop, block, draw, run)
