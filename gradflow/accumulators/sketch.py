@@ -1,5 +1,6 @@
 """Quantiles of an ensemble that comes in chunks."""
 
+import bisect
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,9 +75,12 @@ class Sketch:
         counts = np.concatenate([self.counts, counts])
         order = np.argsort(keys, kind="stable")
         keys, counts = keys[order], counts[order]
-        drop = 0
-        while 1 + np.count_nonzero(np.diff(keys >> drop)) > self.bins:
-            drop += 1
+        apart = keys[1:] ^ keys[:-1]  # neighbours share a bin once all bits of it are dropped
+
+        def fits(drop: int) -> bool:
+            return bool(1 + np.count_nonzero(apart >> drop) <= self.bins)
+
+        drop = bisect.bisect_left(range(63), True, key=fits)
         self.level += drop
         keys >>= drop
         firsts = np.flatnonzero(np.diff(keys, prepend=keys[:1] - 1))
