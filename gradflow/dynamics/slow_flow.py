@@ -16,7 +16,7 @@ from gradflow.dynamics.ode import checked_tolerances, chosen_solver, integrate
 from gradflow.dynamics.settings import Decay, checked_decay, checked_momentum, checked_step_size
 from gradflow.dynamics.slow_sde import advance_in_cells, noise_square_rates
 from gradflow.geometry.base import check_double, output_loss
-from gradflow.geometry.curvature import kernel_of_root
+from gradflow.geometry.curvature import minima_sharpness
 from gradflow.geometry.limit_maps import descent_projection, flow_projection
 from gradflow.geometry.manifold import retract
 from gradflow.network import DeepLinear
@@ -424,7 +424,7 @@ def _cell(dynamics: SlowFlow, problem: Problem, minimum: Weights) -> Scalar:
 
 @eqx.filter_jit
 def _top_curvature(problem: Problem, minimum: Weights) -> Scalar:
-    return jnp.linalg.eigvalsh(kernel_of_root(minimum, output_loss(problem).root))[-1]
+    return minima_sharpness(minimum, output_loss(problem).root)
 
 
 @eqx.filter_jit
