@@ -1,6 +1,7 @@
 r"""The response $\Psi = K^+ X$ of every noise, in the form that is cheapest for its size."""
 
 import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve
 
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.kernel import Kernel, kernel_at
@@ -10,10 +11,8 @@ from gradflow.regularizers.label_noise import LabelNoise
 from gradflow.theory.lyapunov import krylov_response
 from gradflow.theory.response import (
     AbstractResponse,
-    FactoredResponse,
     MatrixResponse,
     UniformResponse,
-    inverse_factor,
 )
 from gradflow.theory.stationary import Fluctuation, Law, fluctuation
 from gradflow.types import Weights
@@ -65,5 +64,6 @@ def _label_response(problem: Problem, kernel: Kernel, law: Law) -> AbstractRespo
     if not law.discrete:
         return UniformResponse(0.5 * level, jnp.eye(d_out, dtype=dtype), jnp.eye(d_in, dtype=dtype))
     one = jnp.eye(kernel.size, dtype=dtype)
-    factor = inverse_factor(2.0 * one - h / (1.0 + beta) * kernel.matrix())
-    return FactoredResponse(level, factor.reshape(-1, d_out, d_in))
+    root = jnp.linalg.cholesky(2.0 * one - h / (1.0 + beta) * kernel.matrix())
+    psi = level * cho_solve((root, True), one)
+    return MatrixResponse(psi.reshape(d_out, d_in, d_out, d_in))

@@ -3,7 +3,6 @@
 The oracle is `slow_reference`: no formula of the theory enters it except where a test says so.
 """
 
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from gradflow.regularizers import GradientNoise
 from gradflow.theory.slow_drift import slow_drift
 
 drift = compiled(slow_drift)
+
 
 def velocity(problem, layers, h, beta=0.0, **options):
     """What gradflow says, as a vector."""
