@@ -17,6 +17,10 @@ from gradflow.theory.response import (
 from gradflow.theory.stationary import Fluctuation, Law, fluctuation
 from gradflow.types import Weights
 
+LARGEST_DECOMPOSED = 2_048
+"""Size $d_N d_0$ up to which noise inside the network or on the gradient is covered: there the
+eigendecomposition of $K$ takes 8 s on two cores, and the work grows as the cube of the size."""
+
 
 def normal_response(
     problem: Problem, weights: Weights, law: Law, feedback: bool = True
@@ -27,14 +31,25 @@ def normal_response(
     - Up to the size `LARGEST_DENSE_KERNEL`, and for noise inside the network or on the gradient:
       from the eigendecomposition of $K$.
     - Other noise on the data beyond that: by a Krylov method.
+
+    **Raises:** `ValueError` for noise inside the network or on the gradient beyond
+    `LARGEST_DECOMPOSED`.
     """
     kernel = kernel_at(weights, output_loss(problem).root)
     if is_isotropic(problem):
         return _label_response(problem, kernel, law), None
     if kernel.is_large and not has_inner_noise(problem):
         return krylov_response(problem, weights, law, feedback), None
-    state = fluctuation(problem, weights, law, feedback)
     d_out, d_in = weights[-1].shape[0], weights[0].shape[1]
+    if kernel.size > LARGEST_DECOMPOSED:
+        raise ValueError(
+            f"weights: noise inside the network or on the gradient needs all eigenvectors of the "
+            f"kernel, but with {d_out} outputs and {d_in} inputs it has {kernel.size} rows (limit "
+            f"{LARGEST_DECOMPOSED}). Keep noise on the data only (LabelNoise, InputNoise, "
+            "Minibatch), which is covered at any size; take fewer inputs or outputs (hidden layers "
+            "may be as wide as they are); or simulate GradientDescent instead."
+        )
+    state = fluctuation(problem, weights, law, feedback)
     return MatrixResponse(state.response.reshape(d_out, d_in, d_out, d_in)), state
 
 

@@ -9,6 +9,8 @@ from compiled import compiled
 from reference import as_numpy, assert_close
 from slow_cases import LABELS, OTHERS, as_weights, case
 
+import gradflow as gf
+from gradflow.regularizers import GradientNoise
 from gradflow.theory.slow_drift import slow_drift
 
 
@@ -63,3 +65,41 @@ def test_classical_limit(name, drift):
     for h, beta in ((0.2, 0.0), (0.03, 0.9)):
         expected = oracle.classical_drift(c.layers, c.s, columns, h, beta) / h
         close(drift(c.problem, c.layers, h, beta, finite_step=False), expected)
+
+
+def test_balanced_layers_of_whitened_data(drift):
+    """K is diagonal, and what the fluctuation feeds spans two dimensions: BiCGStab is exact soon."""
+    rng = np.random.default_rng(0)
+    u, v, q = (np.linalg.qr(rng.normal(size=(4, 4)))[0] for _ in range(3))
+    root = np.diag([1.2, 1.0, 0.8, 0.7])
+    layers = [q @ root @ v, u @ root @ q.T]
+    data = gf.Regression.whitened(layers[1] @ layers[0], residual=0.3)
+    problem = gf.Problem(data, [gf.Minibatch(16)])
+    assert oracle.top_curvature(layers, np.eye(4)) == pytest.approx(2 * 1.2**2)
+    noise = oracle.population_noise(np.eye(4), layers[1] @ layers[0], 0.3, 16, True, 0.0, 0.0)
+    h = 0.2 / oracle.top_curvature(layers, np.eye(4))
+    expected = oracle.noise_drift(layers, np.eye(4), noise, h, 0.0) / h
+    close(drift(problem, layers, h), expected)
+
+
+def test_noise_inside_a_large_network_is_refused(monkeypatch):
+    monkeypatch.setattr("gradflow.theory.normal_response.LARGEST_DECOMPOSED", 3)
+    c = case("2-3-2")
+    problem = gf.Problem(c.problem.data, [GradientNoise(0.1)])
+    with pytest.raises(ValueError, match="2 outputs and 2 inputs it has 4 rows"):
+        slow_drift(problem, as_weights(c.layers), 0.1)
+
+
+def test_unstable_in_mean_square(drift):
+    """The equation has a solution there, but it is no covariance; mostly far below h mu = 2."""
+    c = case("batches")
+    unstable = 0
+    for part in (0.9, 1.2, 1.5, 1.8):
+        h = part / oracle.top_curvature(c.layers, c.s)
+        got = drift(c.problem, c.layers, h)
+        try:
+            close(got, oracle.noise_drift(c.layers, c.s, c.noise, h, 0.0) / h)
+        except oracle.UnstableError:
+            assert np.all(np.isnan(got))
+            unstable += 1
+    assert unstable >= 1
