@@ -68,7 +68,7 @@ def test_classical_limit(name, drift):
 
 
 def test_balanced_layers_of_whitened_data(drift):
-    """K is diagonal, and what the fluctuation feeds spans two dimensions: BiCGStab is exact soon."""
+    """K is diagonal, and what the fluctuation feeds spans two dimensions: exact soon."""
     rng = np.random.default_rng(0)
     u, v, q = (np.linalg.qr(rng.normal(size=(4, 4)))[0] for _ in range(3))
     root = np.diag([1.2, 1.0, 0.8, 0.7])
@@ -103,3 +103,33 @@ def test_unstable_in_mean_square(drift):
             assert np.all(np.isnan(got))
             unstable += 1
     assert unstable >= 1
+
+
+@pytest.mark.slow
+def test_label_noise_at_width_64_descends_its_potential():
+    """Along the drift -P_T grad U the potential falls by its square; determinants by NumPy."""
+    width, h, std, n = 64, 0.2, 0.1, 4
+    rng = np.random.default_rng(0)
+    layers = [
+        size * np.linalg.qr(rng.normal(size=(width, width)))[0]
+        + 0.1 * rng.normal(size=(width, width)) / np.sqrt(width)
+        for size in (1.3, 1.0, 0.8)
+    ]
+    data = gf.Regression.whitened(reference.end_to_end(layers), n=n)
+    problem = gf.Problem(data, [gf.LabelNoise(std)])
+    drift = as_numpy(slow_drift(problem, as_weights(layers), jnp.asarray(h)))
+
+    def potential(shift):
+        moved = [w + shift * v for w, v in zip(layers, drift, strict=True)]
+        kernel = sum(
+            np.kron(a @ a.T, b.T @ b)
+            for a, b in ((reference.above(moved, i), reference.below(moved, i)) for i in (1, 2, 3))
+        )
+        sign, logarithm = np.linalg.slogdet(np.eye(width**2) - h / 2 * kernel)
+        assert sign > 0
+        return -(std**2) / (2 * n) * logarithm
+
+    square = sum(np.sum(v * v) for v in drift)
+    step = 1e-3 / np.sqrt(square)
+    slope = (potential(step) - potential(-step)) / (2 * step)
+    assert slope == pytest.approx(-square, rel=1e-5)
