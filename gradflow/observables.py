@@ -21,7 +21,7 @@ from gradflow.geometry.bounds import sharpness_bound
 from gradflow.geometry.curvature import (
     hessian_block_traces,
     hessian_trace,
-    kernel_of_root,
+    minima_sharpness,
     sharpness,
 )
 from gradflow.geometry.imbalance import gram_differences, imbalance, squared_norms
@@ -186,7 +186,7 @@ def _block_trace_spread(net: DeepLinear, problem: Problem, dynamics: AbstractDyn
 
 
 def _minima_sharpness(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
-    return jnp.linalg.eigvalsh(kernel_of_root(net.weights, problem.noisy_root))[-1]
+    return minima_sharpness(net.weights, problem.noisy_root)
 
 
 def _sharpness_ratio(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:

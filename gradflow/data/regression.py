@@ -1,5 +1,6 @@
 """Linear regression data, reduced to their second moments."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -376,6 +377,28 @@ class Regression(eqx.Module):
     def irreducible_loss(self) -> Float[Array, ""]:
         r"""The loss no linear map can avoid: half the trace of the residual covariance."""
         return 0.5 * jnp.sum(self.residual_sqrt**2)
+
+    def turned(
+        self, outputs: Float[Array, "d_out d_out"], inputs: Float[Array, "d_in d_in"]
+    ) -> "Regression":
+        r"""The same data in other orthonormal coordinates, $y = U y'$ and $x = V x'$.
+
+        **Arguments:**
+
+        - `outputs`: $U$. `inputs`: $V$; orthogonal, new axes in their columns.
+        """
+        u, v = outputs, inputs
+        arrays = {
+            "sxx": v.T @ self.sxx @ v,
+            "syx": u.T @ self.syx @ v,
+            "syy": u.T @ self.syy @ u,
+            "sxx_eigenvectors": v.T @ self.sxx_eigenvectors,
+            "residual_sqrt": u.T @ self.residual_sqrt @ u,
+            "best_map": u.T @ self.best_map @ v,
+            "x": None if self.x is None else self.x @ v,
+            "y": None if self.y is None else self.y @ u,
+        }
+        return dataclasses.replace(self, **arrays)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The defining arrays `sxx, syx, syy, n` (and `x, y` of a finite sample), to be saved."""

@@ -16,7 +16,8 @@ from gradflow.dynamics.ode import checked_tolerances, chosen_solver, integrate
 from gradflow.dynamics.settings import Decay, checked_decay, checked_momentum, checked_step_size
 from gradflow.dynamics.slow_sde import advance_in_cells, noise_square_rates
 from gradflow.geometry.base import check_double, output_loss
-from gradflow.geometry.curvature import kernel_of_root
+from gradflow.geometry.curvature import minima_sharpness
+from gradflow.geometry.kernel import kernel_at
 from gradflow.geometry.limit_maps import descent_projection, flow_projection
 from gradflow.geometry.manifold import retract
 from gradflow.network import DeepLinear
@@ -24,6 +25,7 @@ from gradflow.problem import Problem
 from gradflow.regularizers.base import as_parameter
 from gradflow.streams import Source
 from gradflow.theory.drift import flow_imbalance_drift
+from gradflow.theory.lyapunov import MOST_STEPS
 from gradflow.theory.slow_drift import slow_drift
 from gradflow.theory.slow_noise import (
     has_tangential_noise,
@@ -92,6 +94,11 @@ class SlowFlow(AbstractDynamics):
     at $h \lambda_\mathrm{max} = 2 (1 + \beta)$, earlier where the noise grows with the fluctuation
     that it makes. A start beyond it is an error, one within 5 % of it a warning, and a path that
     gets there stops (it counts as diverged), with a warning that says so.
+
+    *Size.* Hidden widths cost next to nothing. Up to $d_N d_0 = 256$ the kernel of the end-to-end
+    matrix is decomposed; beyond, noise on the data takes one Cholesky factorisation (labels) or a
+    Krylov method on sums of Kronecker products (inputs, batches) a velocity, up to 64 inputs and
+    outputs and somewhat more. See docs/slow_flow.md for times.
 
     **Arguments:**
 
@@ -370,6 +377,8 @@ class SlowFlow(AbstractDynamics):
                 f"below the edge at {self._edge:g}, but the noise grows with the fluctuation that "
                 "it makes, and no stationary fluctuation exists"
             )
+            if kernel_at(minimum, output_loss(problem).root).is_large:
+                why += f" (or none was found in {MOST_STEPS} steps of a Krylov method)"
         low, high = 0.0, min(h, h / share)
         if _is_stable(self, problem, minimum, jnp.asarray((1.0 - RESOLVED) * high)):
             low = high
@@ -424,7 +433,7 @@ def _cell(dynamics: SlowFlow, problem: Problem, minimum: Weights) -> Scalar:
 
 @eqx.filter_jit
 def _top_curvature(problem: Problem, minimum: Weights) -> Scalar:
-    return jnp.linalg.eigvalsh(kernel_of_root(minimum, output_loss(problem).root))[-1]
+    return minima_sharpness(minimum, output_loss(problem).root)
 
 
 @eqx.filter_jit

@@ -14,6 +14,7 @@ from matfree import decomp
 from gradflow.data import Regression
 from gradflow.geometry.base import as_problem, check_data, check_network
 from gradflow.geometry.hessian import dense_hessian, flat_hessian
+from gradflow.geometry.kernel import kernel_at
 from gradflow.network import DeepLinear, left_products, right_products
 from gradflow.problem import Problem
 from gradflow.regularizers.averaged import layer_noises, output_moment
@@ -325,11 +326,21 @@ def kernel_of_root(
     weights: Weights, root: Float[Array, "d_in d_in"]
 ) -> Float[Array, "outputs outputs"]:
     r"""`end_to_end_kernel` with the root $S^{1/2}$ already taken."""
-    lefts, rights = left_products(weights), right_products(weights)
-    blocks = [
-        jnp.kron(a @ a.T, root @ (b.T @ b) @ root) for a, b in zip(lefts, rights, strict=True)
-    ]
-    return jnp.sum(jnp.stack(blocks), axis=0)
+    return kernel_at(weights, root).matrix()
+
+
+def minima_sharpness(weights: Weights, root: Float[Array, "d_in d_in"]) -> Scalar:
+    r"""The largest eigenvalue of $K$: that of the Hessian at a minimum.
+
+    From the dense kernel up to `LARGEST_DENSE_KERNEL`; beyond, from products with it, as
+    `sharpness`.
+    """
+    kernel = kernel_at(weights, root)
+    if not kernel.is_large:
+        return jnp.linalg.eigvalsh(kernel.matrix())[-1]
+    shape = weights[-1].shape[0], weights[0].shape[1]
+    start = jax.random.normal(jax.random.key(0), (kernel.size,), root.dtype)
+    return largest_eigenpair(lambda v: kernel(v.reshape(shape)).ravel(), start).value
 
 
 def minima_spectrum(

@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.data import Regression
 from gradflow.geometry.base import OutputLoss, as_problem, check_double, output_loss
-from gradflow.geometry.curvature import kernel_of_root
+from gradflow.geometry.kernel import Kernel, kernel_at, kernel_basis
 from gradflow.loss import pull_back, push_forward
 from gradflow.network import DeepLinear, end_to_end, left_products, right_products, widths_of
 from gradflow.problem import Problem
@@ -44,9 +44,6 @@ r"""Singular values below this fraction of the largest count as zero; in $K$, it
 
 ON_MANIFOLD = 1e-10
 """Relative residual up to which weights count as a minimum."""
-
-LARGEST_DENSE_KERNEL = 256
-"""Size $d_N d_0$ up to which $K$ is decomposed; beyond it LSMR is faster (10-fold at 576)."""
 
 MAX_CORRECTIONS = 100
 """Gauss-Newton steps of a retraction; it converges quadratically, so few are taken."""
@@ -88,10 +85,11 @@ def pseudo_inverse(weights: Weights, root: Float[Array, "d_in d_in"]) -> "_Pseud
     r"""The map $\tilde J^+ = \tilde J^\top K^+$ from end-to-end matrices to weights.
 
     By an eigendecomposition of $K$ up to `LARGEST_DENSE_KERNEL`, taken once for all right-hand
-    sides; by LSMR (Fong and Saunders 2011) on $\tilde J$ beyond it.
+    sides; by LSMR (Fong and Saunders 2011) on $\tilde J$ beyond it, its equations scaled in the
+    coordinates in which $K$ is nearly diagonal unless a narrow layer leaves some without solution.
     """
-    size = weights[-1].shape[0] * weights[0].shape[1]
-    return (_dense_inverse if size <= LARGEST_DENSE_KERNEL else _iterative_inverse)(weights, root)
+    kernel = kernel_at(weights, root)
+    return (_iterative_inverse if kernel.is_large else _dense_inverse)(weights, root, kernel)
 
 
 def tangent(weights: Weights, velocity: Weights, loss: OutputLoss) -> Weights:
@@ -340,8 +338,10 @@ def _nearest(weights: Weights, loss: OutputLoss) -> tuple[Weights, Scalar]:
     return at, steepness
 
 
-def _dense_inverse(weights: Weights, root: Float[Array, "d_in d_in"]) -> _PseudoInverse:
-    values, vectors = jnp.linalg.eigh(kernel_of_root(weights, root))
+def _dense_inverse(
+    weights: Weights, root: Float[Array, "d_in d_in"], kernel: Kernel
+) -> _PseudoInverse:
+    values, vectors = jnp.linalg.eigh(kernel.matrix())
     kept = values > _kernel_cutoff(values)
     inverses = jnp.where(kept, 1.0 / jnp.where(kept, values, 1.0), 0.0)
 
@@ -352,13 +352,24 @@ def _dense_inverse(weights: Weights, root: Float[Array, "d_in d_in"]) -> _Pseudo
     return apply
 
 
-def _iterative_inverse(weights: Weights, root: Float[Array, "d_in d_in"]) -> _PseudoInverse:
+def _iterative_inverse(
+    weights: Weights, root: Float[Array, "d_in d_in"], kernel: Kernel
+) -> _PseudoInverse:
+    narrow = min(widths_of(weights)[1:-1], default=np.inf) < min(weights[-1].shape[0], len(root))
+    basis = kernel_basis(kernel)
+    floor = RANK_TOLERANCE**2 * jnp.max(basis.values)
+    lengths = jnp.sqrt(jnp.maximum(basis.values, floor))
+
+    def scaled(x: EndToEnd) -> EndToEnd:
+        # What a narrow layer cannot reach has to stay orthogonal to what it can.
+        return x if narrow else basis.coordinates(x) / lengths
+
     shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), weights)
-    operator = lx.FunctionLinearOperator(lambda v: push_forward(weights, v) @ root, shapes)
+    operator = lx.FunctionLinearOperator(lambda v: scaled(push_forward(weights, v) @ root), shapes)
     solver = lx.LSMR(rtol=1e-14, atol=1e-14, conlim=1.0 / RANK_TOLERANCE)
 
     def apply(x: EndToEnd) -> Weights:
-        return lx.linear_solve(operator, x, solver, throw=False).value
+        return lx.linear_solve(operator, scaled(x), solver, throw=False).value
 
     return apply
 
@@ -369,9 +380,10 @@ def _kernel_cutoff(values: Float[Array, " k"]) -> Scalar:
 
 def _rank_of_kernel(weights: Weights, loss: OutputLoss) -> int | None:
     """The number of curvatures above the cutoff; None where the kernel is too large to tell."""
-    if loss.y.size > LARGEST_DENSE_KERNEL:
+    kernel = kernel_at(weights, loss.root)
+    if kernel.is_large:
         return None
-    values = jnp.linalg.eigvalsh(kernel_of_root(weights, loss.root))
+    values = jnp.linalg.eigvalsh(kernel.matrix())
     return int(jnp.sum(values > _kernel_cutoff(values)))
 
 

@@ -12,12 +12,9 @@ and on the gradient. The faces of any combination are assembled from these piece
 
 import abc
 import itertools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -333,12 +330,3 @@ def population_rows(
 def symmetric_normal(normals: Float[Array, "d d"]) -> Float[Array, "d d"]:
     r"""$(\Xi + \Xi^\top)/\sqrt2$: the covariance of $z z^\top - I$ for a standard normal $z$."""
     return (normals + normals.T) * jnp.sqrt(jnp.asarray(0.5, normals.dtype))
-
-
-def factor_covariance(
-    increment: Callable[[Array], EndToEnd], shape: tuple[int, ...]
-) -> Float[Array, "outputs outputs"]:
-    r"""$\sum_c \mathrm{vec} Z_c \mathrm{vec} Z_c^\top$ over the columns of a linear factor."""
-    basis = jnp.eye(math.prod(shape)).reshape(-1, *shape)
-    columns = jax.vmap(increment)(basis).reshape(basis.shape[0], -1)
-    return columns.T @ columns

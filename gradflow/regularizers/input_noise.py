@@ -11,7 +11,6 @@ from gradflow.regularizers.base import (
     NoiseMoments,
     as_parameter,
     check_nonnegative,
-    factor_covariance,
     symmetric_normal,
 )
 from gradflow.types import EndToEnd, Scalar
@@ -86,9 +85,26 @@ class InputNoise(AbstractDataNoise):
         return self.std / jnp.sqrt(moments.batch) * (linear + self.std * square)
 
     def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:
-        """The covariance that the columns of `increment` add up to."""
-        shape = self.normal_shape(moments.data)
-        return factor_covariance(lambda normals: self.increment(moments, normals), shape)
+        r"""That of `increment`, with $V = M S^{-1/2}$ and $Q = P P^\top$, for the entries $ai, ck$:
+
+        $$\tfrac{\sigma^2}{b} \big( (V V^\top + \Sigma_\eta)_{ac}\, \delta_{ik} + Q_{ac} S_{ik}
+          + M_{ak} P_{ci} + P_{ak} M_{ci}
+          + \sigma^2 ( Q_{ac}\, \delta_{ik} + P_{ak} P_{ci} ) \big).$$
+        """
+        s, p, m = moments.root @ moments.root, moments.p, moments.m
+        whitened = m @ moments.inverse_root
+        residual = moments.residual_root @ moments.residual_root.T
+        q, one = p @ p.T, jnp.eye(s.shape[0], dtype=s.dtype)
+
+        def crossed(
+            left: Float[Array, "d_out d_in"], right: Float[Array, "d_out d_in"]
+        ) -> Float[Array, "d_out d_in d_out d_in"]:
+            return jnp.einsum("ak,ci->aick", left, right)
+
+        alike = whitened @ whitened.T + residual + self.std**2 * q
+        total = jnp.einsum("ac,ik->aick", alike, one) + jnp.einsum("ac,ik->aick", q, s)
+        total = total + crossed(m, p) + crossed(p, m) + self.std**2 * crossed(p, p)
+        return self.std**2 / moments.batch * total.reshape(p.size, p.size)
 
     @property
     def is_multiplicative(self) -> bool:

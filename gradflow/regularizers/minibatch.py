@@ -13,7 +13,6 @@ from gradflow.products import product
 from gradflow.regularizers.base import (
     AbstractBatch,
     NoiseMoments,
-    factor_covariance,
     population_rows,
     symmetric_normal,
 )
@@ -148,13 +147,18 @@ class Minibatch(AbstractBatch):
     def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:
         r"""$f\,\mathrm{Cov}_k[\mathrm{vec}(e_k x_k^\top)]$ over the samples or the population.
 
+        On a Gaussian population $\tfrac1b \left( (M S^{-1} M^\top + \Sigma_\eta)_{ac} S_{ik}
+        + M_{ak} M_{ci} \right)$ for the entries $ai, ck$.
+
         **Raises:** `ValueError` for `reshuffled=True`, whose steps are correlated in time.
         """
         self._check_white()
         data = moments.data
         if data.x is None or data.y is None:
-            shape = self.normal_shape(data)
-            return factor_covariance(lambda normals: self.increment(moments, normals), shape)
+            m, whitened = moments.m, moments.m @ moments.inverse_root
+            errors = whitened @ whitened.T + moments.residual_root @ moments.residual_root.T
+            total = jnp.einsum("ac,ik->aick", errors, data.sxx) + jnp.einsum("ak,ci->aick", m, m)
+            return total.reshape(m.size, m.size) / self.batch_size
         n = data.x.shape[0]
         errors = data.x @ moments.p.T - data.y
         outer = (errors[:, :, None] * data.x[:, None, :]).reshape(n, -1) - moments.m.ravel()
@@ -184,8 +188,9 @@ class Minibatch(AbstractBatch):
             crossed = jnp.einsum("ij,alcj,lk->aick", s, spread, s)
             return (jnp.einsum("ac,ik->aick", traces, s) + crossed) / self.batch_size
         n = data.x.shape[0]
-        forms = jnp.einsum("rj,ajcl,rl->rac", data.x, spread, data.x)
-        rows = jnp.einsum("rac,ri,rk->aick", forms, data.x, data.x) / n
+        squares = jnp.einsum("rj,rl->rjl", data.x, data.x)
+        forms = jnp.einsum("rjl,ajcl->rac", squares, spread)
+        rows = jnp.einsum("rac,rik->aick", forms, squares) / n
         return self._fraction(n) * (rows - jnp.einsum("ij,ajcl,lk->aick", s, spread, s))
 
     def _check_white(self) -> None:

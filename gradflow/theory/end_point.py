@@ -17,8 +17,9 @@ from gradflow.geometry.imbalance import imbalance
 from gradflow.geometry.manifold import retract
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
+from gradflow.theory.normal_response import normal_response
 from gradflow.theory.slow_drift import bend, slow_drift
-from gradflow.theory.stationary import fluctuation, training_law
+from gradflow.theory.stationary import training_law
 from gradflow.types import Scalar, Weights
 
 STILL = 1e-9
@@ -224,9 +225,8 @@ def driving_force(
 ) -> Scalar:
     """The size of what drives the slow flow, its part across the manifold included."""
     law = training_law(step_size, finite_step, momentum)
-    state = fluctuation(problem, weights, law, feedback=False)
-    psi = state.of_kernel(state.inverse_values) @ state.vectors @ state.covariance @ state.vectors.T
-    parts = problem.averaged_gradient(weights), bend(weights, output_loss(problem), psi)
+    response, _ = normal_response(problem, weights, law, feedback=False)
+    parts = problem.averaged_gradient(weights), bend(weights, response, output_loss(problem))
     return sum(_norm(part) for part in parts) / (1.0 - law.momentum)
 
 

@@ -14,15 +14,16 @@ from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.geometry.base import OutputLoss, output_loss
-from gradflow.geometry.curvature import kernel_of_root
+from gradflow.geometry.kernel import kernel_at
+from gradflow.geometry.manifold import tangent
 from gradflow.loss import pull_back, push_forward
 from gradflow.network import left_products, right_products
 from gradflow.problem import Problem
 from gradflow.regularizers.averaged import averaged_gradient
-from gradflow.regularizers.diffusion import data_sources
-from gradflow.regularizers.label_noise import LabelNoise
 from gradflow.theory.layer_noise import layer_noise_cross
-from gradflow.theory.stationary import Fluctuation, Law, fluctuation, training_law
+from gradflow.theory.normal_response import has_inner_noise, normal_response
+from gradflow.theory.response import AbstractResponse
+from gradflow.theory.stationary import Fluctuation, Law, training_law
 from gradflow.types import Weights
 
 Solve: TypeAlias = Callable[[Float[Array, " outputs"]], Float[Array, " outputs"]]
@@ -65,28 +66,23 @@ def slow_drift(
     """
     law = training_law(step_size, finite_step, momentum)
     loss = output_loss(problem)
-    if _is_isotropic(problem):
-        psi, solve = _isotropic_response(problem, kernel_of_root(weights, loss.root), law)
-        force = bend(weights, loss, psi)
-    else:
-        state = fluctuation(problem, weights, law, feedback=finite_step)
-        solve = state.solve
-        force = bend(weights, loss, state.response)
-        if problem.layer_noise or problem.has_gradient_noise:
-            mixed = layer_noise_cross(problem, weights, _mixed_response(state, law))
-            force = _plus(force, mixed)
-        if problem.layer_noise:
-            plain = averaged_gradient(weights, problem.data, problem.regularizers, penalties=False)
-            force = _plus(force, plain)
+    response, state = normal_response(problem, weights, law, feedback=finite_step)
+    force = bend(weights, response, loss)
+    if state is not None and has_inner_noise(problem):
+        mixed = layer_noise_cross(problem, weights, _mixed_response(state, law))
+        force = _plus(force, mixed)
+    if problem.layer_noise:
+        plain = averaged_gradient(weights, problem.data, problem.regularizers, penalties=False)
+        force = _plus(force, plain)
     decayed = problem.add_penalties(tuple(jnp.zeros_like(w) for w in weights), weights)
     pull = 1.0 if decay == "decoupled" else 1.0 / (1.0 - law.momentum)
     velocity = tuple(
         -f / (1.0 - law.momentum) - pull * d for f, d in zip(force, decayed, strict=True)
     )
-    return _along_manifold(weights, velocity, loss, solve)
+    return _along_manifold(weights, velocity, loss, state)
 
 
-def bend(weights: Weights, loss: OutputLoss, psi: Float[Array, "outputs outputs"]) -> Weights:
+def bend(weights: Weights, response: AbstractResponse, loss: OutputLoss) -> Weights:
     r"""$\sum_m D(\mathrm{pull\_back})[v_m;\, N_m]$: half of $D^3 L$ up to normal directions.
 
     For $\Psi = \sum_m \xi_m y_m^\top$ the weights move along
@@ -97,22 +93,15 @@ def bend(weights: Weights, loss: OutputLoss, psi: Float[Array, "outputs outputs"
 
     $$L_j = \sum_m \Xi_m^\top A_j A_j^\top Y_m, \qquad
       R_j = \sum_m Y_m S^{1/2} B_j^\top B_j S^{1/2}\, \Xi_m^\top.$$
-
-    **Arguments:**
-
-    - `psi`: `(d_N d_0, d_N d_0)`, row-major vec.
     """
     lefts, rights = left_products(weights), right_products(weights)
-    d_out, d_in = loss.target.shape
-    blocks = psi.reshape(d_out, d_in, d_out, d_in)
     below = [b @ loss.root for b in rights]
     inner = [
-        half @ jnp.einsum("abcd,ac->bd", blocks, a @ a.T) @ loss.root
+        half @ response.over_outputs(a @ a.T) @ loss.root
         for a, half in zip(lefts, below, strict=True)
     ]  # B_j S^{1/2} L_j S^{1/2}
     outer = [
-        jnp.einsum("abcd,bd->ca", blocks, half.T @ half) @ a
-        for a, half in zip(lefts, below, strict=True)
+        response.over_inputs(half.T @ half) @ a for a, half in zip(lefts, below, strict=True)
     ]  # R_j A_j
     from_above: list[Array | None] = [None]  # sum over j > i of W_{i+1}^T ... W_{j-1}^T inner_j
     for w, term in zip(reversed(weights[1:]), reversed(inner[1:]), strict=True):
@@ -131,11 +120,18 @@ def bend(weights: Weights, loss: OutputLoss, psi: Float[Array, "outputs outputs"
     return tuple(total)
 
 
-def _along_manifold(weights: Weights, velocity: Weights, loss: OutputLoss, solve: Solve) -> Weights:
-    r"""$P_T V = V - \tilde J^\top K^+ \tilde J V$, `solve` being $K^+$.
+def _along_manifold(
+    weights: Weights, velocity: Weights, loss: OutputLoss, state: Fluctuation | None
+) -> Weights:
+    r"""$P_T V = V - \tilde J^\top K^+ \tilde J V$.
 
-    Taken twice, which removes what rounding leaves the first time.
+    With $K^+$ at hand or a Cholesky factor of a small $K$, faster than the eigendecomposition that
+    `tangent` takes of it; taken twice, which removes what rounding leaves the first time.
     """
+    kernel = kernel_at(weights, loss.root)
+    if state is None and kernel.is_large:
+        return tangent(weights, velocity, loss)
+    solve = _cholesky_solve(kernel.matrix()) if state is None else state.solve
     for _ in range(2):
         moved = (push_forward(weights, velocity) @ loss.root).ravel()
         normal = pull_back(weights, solve(moved).reshape(loss.target.shape) @ loss.root)
@@ -143,31 +139,15 @@ def _along_manifold(weights: Weights, velocity: Weights, loss: OutputLoss, solve
     return velocity
 
 
-def _is_isotropic(problem: Problem) -> bool:
-    r"""Whether the noise is that of labels alone: $C = v\, I \otimes S$, which goes with $K$."""
-    sources = data_sources(problem.regularizers)
-    labels = not any(r.is_multiplicative for r in sources)
-    return labels and not problem.layer_noise and not problem.has_gradient_noise
+def _cholesky_solve(kernel: Float[Array, "outputs outputs"]) -> Solve:
+    r"""$K^+$ on what $\tilde J$ reaches.
 
-
-def _isotropic_response(
-    problem: Problem, kernel: Float[Array, "outputs outputs"], law: Law
-) -> tuple[Float[Array, "outputs outputs"], Solve]:
-    r"""$\Psi = \tfrac{h v}{1 - \beta} (2 - \tfrac{h}{1 + \beta} K)^{-1}$ and $K^+$, by Cholesky.
-
-    Faster than the eigendecomposition that other noise takes. Beyond the edge of
-    stability the matrix is not positive, and the result is NaN. $K$ itself is shifted by rounding
-    errors, so that its null space, to which $\tilde J^\top$ is blind, does no harm.
+    $K$ is shifted by rounding errors, so that its null space, to which $\tilde J^\top$ is blind,
+    does no harm.
     """
-    one = jnp.eye(kernel.shape[0], dtype=kernel.dtype)
-    sources = [r for r in problem.regularizers if isinstance(r, LabelNoise)]
-    v = sum((r.std**2 for r in sources), start=jnp.zeros((), kernel.dtype)) / problem.batch
-    h, beta = law.step_size, law.momentum
-    damped = 2.0 * one - h / (1.0 + beta) * kernel if law.discrete else 2.0 * one
-    psi = h * v / (1.0 - beta) * cho_solve((jnp.linalg.cholesky(damped), True), one)
     shift = 10.0 * float(jnp.finfo(kernel.dtype).eps) * jnp.trace(kernel)
-    root = jnp.linalg.cholesky(kernel + shift * one)
-    return psi, lambda x: cho_solve((root, True), x)
+    root = jnp.linalg.cholesky(kernel + shift * jnp.eye(len(kernel), dtype=kernel.dtype))
+    return lambda x: cho_solve((root, True), x)
 
 
 def _mixed_response(state: Fluctuation, law: Law) -> Float[Array, "outputs outputs"]:

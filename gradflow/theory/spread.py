@@ -9,6 +9,7 @@ from gradflow.network import DeepLinear, left_products, right_products
 from gradflow.problem import Problem
 from gradflow.theory.layer_numbers import is_mask
 from gradflow.theory.noise import check_outside
+from gradflow.theory.normal_response import normal_response
 from gradflow.theory.stationary import fluctuation, training_law
 from gradflow.types import Scalar, Weights
 
@@ -34,8 +35,8 @@ def fluctuation_share(
     **Arguments:** as for `slow_drift`.
     """
     law = training_law(step_size, finite_step, momentum)
-    state = fluctuation(problem, weights, law, feedback=finite_step)
-    moved = jnp.sum(state.inverse_values * jnp.diag(state.covariance))
+    response, _ = normal_response(problem, weights, law, feedback=finite_step)
+    moved = jnp.trace(response.over_inputs(jnp.eye(weights[0].shape[1], dtype=weights[0].dtype)))
     return moved / jnp.sum(squared_norms(DeepLinear(weights)))
 
 

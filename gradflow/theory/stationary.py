@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, ArrayLike, Float
 
-from gradflow.geometry.base import OutputLoss, output_loss
+from gradflow.geometry.base import output_loss
 from gradflow.geometry.curvature import kernel_of_root
 from gradflow.problem import Problem
-from gradflow.regularizers.base import NoiseMoments
-from gradflow.regularizers.diffusion import data_sources
+from gradflow.theory.data_noise import DataNoise
 from gradflow.theory.layer_noise import layer_noise_normal, perturbation_covariance
 from gradflow.types import Scalar, Weights
 
@@ -62,30 +61,43 @@ class Law(eqx.Module):
     - `discrete`: training itself, or its SDE (of order `order`).
     - `momentum`: heavy-ball $\beta$.
     - `amplification`: $l$ of SVAG.
+    - `heavy_ball`: whether it has a momentum.
     """
 
     step_size: Scalar
     momentum: Scalar
     discrete: bool = eqx.field(static=True)
+    heavy_ball: bool = eqx.field(static=True)
     order: int = eqx.field(static=True, default=1)
     amplification: int = eqx.field(static=True, default=1)
+
+    @property
+    def coefficients(self) -> tuple[Scalar, Scalar, Scalar]:
+        r"""$(p, q, r)$ of `damping`."""
+        h, beta = self.step_size, self.momentum
+        if not self.discrete:
+            return 1.0 - beta, jnp.zeros_like(h), 0.5 * h * (self.order - 1)
+        h = h / self.amplification
+        square = beta * h / (1.0 - beta**2)
+        return 1.0 - beta, -(1.0 - beta) * h / (1.0 + beta) - 2.0 * square, square
+
+    @property
+    def has_squares(self) -> bool:
+        """Whether $r$ is other than zero."""
+        return self.heavy_ball if self.discrete else self.order == 2
 
     def damping(self, a: Float[Array, "*n"], b: Float[Array, "*m"]) -> Float[Array, "..."]:
         r"""$D_{ab}$, with which noise of covariance $N_{ab}$ has the fluctuation $h N_{ab}/D_{ab}$.
 
-        Training, with heavy ball, from the stationary covariance of its linear recursion:
+        It is $p (a + b) + q a b + r (a^2 + b^2)$. Training, with heavy ball, from the stationary
+        covariance of its linear recursion:
         $D_{ab} = (1 - \beta) (a + b - \tfrac{h}{1 + \beta} a b)
         + \tfrac{\beta h}{1 - \beta^2} (a - b)^2$.
         SVAG has $h / l$ for $h$; the SDE of order 1 has $(1 - \beta) (a + b)$, that of order 2
         $a + b + \tfrac h2 (a^2 + b^2)$.
         """
-        h, beta = self.step_size, self.momentum
-        if not self.discrete:
-            first = (1.0 - beta) * (a + b)
-            return first if self.order == 1 else first + 0.5 * h * (a**2 + b**2)
-        h = h / self.amplification
-        square = beta * h / (1.0 - beta**2) * (a - b) ** 2
-        return (1.0 - beta) * (a + b - h / (1.0 + beta) * a * b) + square
+        p, q, r = self.coefficients
+        return p * (a + b) + q * a * b + r * (a**2 + b**2)
 
     def is_stable(self, a: Float[Array, "*n"]) -> Array:
         """Whether a direction of the given curvature is damped at all."""
@@ -101,7 +113,8 @@ def training_law(
 ) -> Law:
     """The damping of a training, momentum 0 unless given."""
     beta = jnp.zeros(()) if momentum is None else jnp.asarray(momentum)
-    return Law(jnp.asarray(step_size), beta, discrete, order, amplification)
+    heavy = momentum is not None
+    return Law(jnp.asarray(step_size), beta, discrete, heavy, order, amplification)
 
 
 def fluctuation(problem: Problem, weights: Weights, law: Law, feedback: bool = True) -> Fluctuation:
@@ -120,14 +133,18 @@ def fluctuation(problem: Problem, weights: Weights, law: Law, feedback: bool = T
     stable = law.is_stable(mu) | ~moving
     both = moving[:, None] & moving[None, :] & stable[:, None] & stable[None, :]
     response = jnp.where(both, law.step_size / jnp.where(both, law.damping(a, b), 1.0), 0.0)
-    ends = _DataNoise(problem, weights, loss, vectors * mu)
-    noise = ends.own()
+    data, ends = DataNoise(problem, weights, loss), vectors * mu  # noise reaches x through K
+    noise = ends.T @ data.own() @ ends
     if problem.layer_noise or problem.has_gradient_noise:
         noise = noise + vectors.T @ layer_noise_normal(problem, weights) @ vectors
-        noise = noise + ends.fed_by(perturbation_covariance(problem, weights))
+        noise = noise + ends.T @ data.fed_by(perturbation_covariance(problem, weights)) @ ends
     x = response * noise
-    if feedback and ends.is_multiplicative:
-        x = _self_consistent(x, lambda y: response * ends.fed_by(vectors @ y @ vectors.T))
+    if feedback and data.is_multiplicative:
+
+        def feed(y: Float[Array, "outputs outputs"]) -> Float[Array, "outputs outputs"]:
+            return response * (ends.T @ data.fed_by(vectors @ y @ vectors.T) @ ends)
+
+        x = _self_consistent(x, feed)
     x = jnp.where(jnp.all(stable), x, jnp.nan)
     return Fluctuation(mu, vectors, moving.astype(mu.dtype), x)
 
@@ -168,65 +185,6 @@ def stationary_covariance(
     law = training_law(step_size, discrete, momentum, order, amplification)
     found = fluctuation(problem, weights, law)
     return found.vectors @ found.covariance @ found.vectors.T
-
-
-class _DataNoise(eqx.Module):
-    r"""The noise on the data, as it acts on $x$, in the kernel's eigenbasis.
-
-    `ends` is $V\, \mathrm{diag}(\mu)$: noise on $M$ reaches $x$ through $K$.
-    """
-
-    problem: Problem
-    moments: NoiseMoments
-    loss: OutputLoss
-    ends: Float[Array, "outputs outputs"]
-
-    def __init__(
-        self,
-        problem: Problem,
-        weights: Weights,
-        loss: OutputLoss,
-        ends: Float[Array, "outputs outputs"],
-    ):
-        self.problem = problem
-        self.moments = problem.noise_moments(weights)
-        self.loss = loss
-        self.ends = ends
-
-    @property
-    def is_multiplicative(self) -> bool:
-        """Whether the noise depends on the end-to-end matrix."""
-        return any(r.is_multiplicative for r in data_sources(self.problem.regularizers))
-
-    def own(self) -> Float[Array, "outputs outputs"]:
-        """The noise at the minimum itself."""
-        sources = data_sources(self.problem.regularizers)
-        return self._carried(
-            sum((r.covariance(self.moments) for r in sources), start=self._nothing())
-        )
-
-    def fed_by(self, x: Float[Array, "outputs outputs"]) -> Float[Array, "outputs outputs"]:
-        """The noise that fluctuations of $x$ with the given covariance add."""
-        d_out, d_in = self.moments.p.shape
-        inverse = self.loss.inverse_root
-        shape = (d_out, d_in, d_out, d_in)
-        spread = jnp.einsum("ij,ajcl,lk->aick", inverse, x.reshape(shape), inverse)
-        total = jnp.zeros(shape, x.dtype)
-        for r in data_sources(self.problem.regularizers):
-            if r.is_multiplicative:
-                total = total + r.feedback(self.moments, spread)
-        return self._carried(total.reshape(x.shape))
-
-    def _carried(self, c: Float[Array, "outputs outputs"]) -> Float[Array, "outputs outputs"]:
-        d_out, d_in = self.moments.p.shape
-        inverse = self.loss.inverse_root
-        blocks = c.reshape(d_out, d_in, d_out, d_in)
-        plain = jnp.einsum("ij,ajcl,lk->aick", inverse, blocks, inverse).reshape(c.shape)
-        return self.ends.T @ plain @ self.ends
-
-    def _nothing(self) -> Float[Array, "outputs outputs"]:
-        size = self.moments.p.size
-        return jnp.zeros((size, size), self.moments.p.dtype)
 
 
 def _self_consistent(
