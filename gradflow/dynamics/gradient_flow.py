@@ -8,7 +8,7 @@ from jaxtyping import ArrayLike
 
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.problem import Problem
-from gradflow.solvers.dormand_prince import DormandPrince853
+from gradflow.solvers.switching import Switching
 from gradflow.types import Scalar, Weights
 
 
@@ -52,7 +52,11 @@ class GradientFlow(AbstractOdeFlow):
     ):
         self.rtol, self.atol = checked_tolerances("GradientFlow", rtol, atol)
         self.solver = chosen_solver(
-            "GradientFlow", solver, stiff, conservative, explicit=DormandPrince853()
+            "GradientFlow",
+            solver,
+            stiff,
+            conservative,
+            explicit=Switching(self.rtol, self.atol),
         )
         self.stiff = stiff
         self.conservative = conservative

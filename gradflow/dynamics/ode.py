@@ -21,7 +21,7 @@ from gradflow.solvers.resumable import ResumableController
 from gradflow.streams import Source
 from gradflow.types import Scalar, Weights
 
-PROPORTIONAL, INTEGRAL = 0.3, 0.4
+PROPORTIONAL, INTEGRAL = 0.2, 0.4
 """Coefficients of the step control; without a proportional part explicit steps at the edge of their
 stability, where most steps of a flow are, are rejected four times as often."""
 
