@@ -119,6 +119,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "stages",
         "dormand_prince",
         "stabilized",
+        "switching",
     ),
     "data": ("moments", "preprocess", "files", "bundled", "regression"),
     "accumulators": ("moments", "sketch"),

@@ -77,4 +77,10 @@ class DormandPrince853(diffrax.AbstractAdaptiveSolver[None]):
 
         estimates = (step.combined(e[:STAGES]) for e in (DOP853.E5, DOP853.E3))
         error_estimate = step.restore(jax.tree.map(error, *estimates))
-        return step.restore(end), error_estimate, step.ends(t1, end), None, diffrax.RESULTS.successful
+        return (
+            step.restore(end),
+            error_estimate,
+            step.ends(t1, end),
+            None,
+            diffrax.RESULTS.successful,
+        )

@@ -67,7 +67,7 @@ E = np.array(
 )
 C = np.sum(A, axis=1)
 LONGEST = 13.6
-"""Largest $h \lambda$ on the negative real axis for which steps do not grow."""
+r"""Largest $h \lambda$ on the negative real axis for which steps do not grow."""
 
 
 class Stabilized5(diffrax.AbstractAdaptiveSolver[None]):
@@ -78,11 +78,11 @@ class Stabilized5(diffrax.AbstractAdaptiveSolver[None]):
 
     $$ R(z) = \sum_{k=0}^5 \frac{z^k}{k!} + \gamma_6 z^6 + \gamma_7 z^7 + \gamma_8 z^8 $$
 
-    has the coefficients for which $|R| \le 0.9$ on the longest interval of the negative axis: 1.7 an
-    evaluation, where the method of order 8 has 0.53.
+    has the coefficients for which $|R| \le 0.9$ on the longest interval of the negative axis: 1.7
+    an evaluation, where the method of order 8 has 0.53.
 
     The error estimate is that of an embedded method of order 4; on the whole interval it is at most
-    1.2 times the component itself. Between the ends of steps the solution is interpolated by cubics.
+    1.4 times the mode itself. Between the ends of steps the solution is interpolated by cubics.
 
     **Source:** the coefficients are our own: $\gamma$ by linear programming, as in Ketcheson and
     Ahmadia, Commun. Appl. Math. Comput. Sci. 7 (2012) 247; the tableau solves the 17 conditions of
