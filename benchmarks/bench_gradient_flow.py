@@ -4,6 +4,7 @@
 
 Everybody is given rtol 1e-8 and atol 1e-10. Errors are the largest over the saved points, of the
 loss against an integration to near rounding, and of the entries of every G_i, which the flow keeps.
+A peer that takes more than a minute for one solve is stopped, and the table says so.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from flow_cases import CASES, SAVES, FlowCase
 from ode_peers import (
     ATOL,
     RTOL,
+    TooSlowError,
     errors,
     loss_of,
     reference,
@@ -32,6 +34,9 @@ import gradflow as gf
 STIFF = ("unbalanced", "small")
 LARGEST_JACOBIAN = 400
 ROUNDING = 1e-14
+MOST_SECONDS = 60.0
+"""Time for one solve after which a peer is stopped."""
+
 AGREEMENT = 1e-4
 """Distance in the loss at which two solves have different problems."""
 
@@ -74,17 +79,22 @@ def own_core(case: FlowCase, flow: gf.GradientFlow) -> Callable[[], np.ndarray]:
     return run
 
 
-def solves(name: str, case: FlowCase) -> dict[str, Callable[[], np.ndarray]]:
-    """Everybody who takes part in a case."""
+def own_solves(name: str, case: FlowCase) -> dict[str, Callable[[], np.ndarray]]:
+    """The ways in which gradflow takes part in a case."""
     flow = gf.GradientFlow(RTOL, ATOL)
     found = {"gradflow": own_solve(case, flow), "gradflow, compiled solve": own_core(case, flow)}
     if name in STIFF:
         found["gradflow, stiff"] = own_solve(case, gf.GradientFlow(RTOL, ATOL, stiff=True))
+    return found
+
+
+def peer_solves(name: str, case: FlowCase) -> dict[str, Callable[..., np.ndarray]]:
+    """The others; each takes the seconds after which it is stopped."""
     dense = case.size <= LARGEST_JACOBIAN
     methods = ("RK45", "DOP853", *(("LSODA",) if dense else ()))
     if name in STIFF:
         methods = (*methods, "Radau", "BDF")
-    found |= {f"SciPy, {m}": scipy_solve(case, m) for m in methods}
+    found = {f"SciPy, {m}": scipy_solve(case, m) for m in methods}
     return found | {f"torchdiffeq, {m}": torchdiffeq_solve(case, m) for m in ("dopri5", "dopri8")}
 
 
@@ -92,15 +102,20 @@ def flow_table(name: str, rounds: int, patience: float) -> Table:
     """Check, measure errors, time."""
     case = CASES[name]()
     exact = reference(case, name in STIFF)
-    runs = solves(name, case)
+    runs: dict[str, Callable[..., np.ndarray]] = dict(own_solves(name, case))
+    points, absent = {who: run() for who, run in runs.items()}, {}
+    for who, run in peer_solves(name, case).items():
+        try:
+            points[who], runs[who] = run(MOST_SECONDS), run
+        except TooSlowError as reason:
+            absent[who] = str(reason)
     losses = {"reference": loss_of(unflat(case, exact), case.target)}
     contestants = []
-    for who, run in runs.items():
-        saved = run()
+    for who, saved in points.items():
         losses[who] = loss_of(unflat(case, saved), case.target)
         of_loss, of_g = errors(case, saved, exact)
         facts = {"error of the loss": of_loss, "error of G": of_g}
-        contestants.append(Contestant(who, run, facts=facts))
+        contestants.append(Contestant(who, runs[who], facts=facts))
     agreement = same_values(losses, AGREEMENT)
     timings = contest(contestants, rounds, patience)
     factor = 10.0 if case.is_scalar else 1.5
@@ -123,7 +138,7 @@ def flow_table(name: str, rounds: int, patience: float) -> Table:
     )
     return Table(
         f"{case.title}, to t = {case.stop:g}", "ms", "solve", "gradflow", timings, [target],
-        agreement, "largest difference of the loss", no_worse,
+        agreement, "largest difference of the loss", no_worse, absent,
     )  # fmt: skip
 
 

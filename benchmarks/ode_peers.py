@@ -1,6 +1,8 @@
 """Gradient flow as SciPy and torchdiffeq users write it, and a reference to measure errors by."""
 
 import itertools
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +13,22 @@ from flow_cases import FlowCase
 from scipy.integrate import solve_ivp
 
 RTOL, ATOL = 1e-8, 1e-10
+
+
+class TooSlowError(Exception):
+    """A solve has taken longer than it may."""
+
+
+def limited(field: Callable[..., Any], most: float) -> Callable[..., Any]:
+    """A right-hand side that stops the solve which calls it after `most` seconds."""
+    deadline = time.monotonic() + most
+
+    def watched(t: Any, y: Any) -> Any:
+        if time.monotonic() > deadline:
+            raise TooSlowError(f"stopped after {most:g} s")
+        return field(t, y)
+
+    return watched
 
 
 def flat(layers: Sequence[Any]) -> np.ndarray:
@@ -70,21 +88,27 @@ def chain_field(target: float) -> Callable[[float, np.ndarray], list[float]]:
     return field
 
 
-def scipy_solve(case: FlowCase, method: str) -> Callable[[], np.ndarray]:
-    """`solve_ivp` with saved times; gives `(SAVES, weights)`."""
+def scipy_solve(case: FlowCase, method: str) -> Callable[..., np.ndarray]:
+    """`solve_ivp` with saved times; gives `(SAVES, weights)`; takes the most seconds."""
     field, start, times = numpy_field(case), flat(case.layers), case.times
 
-    def run() -> np.ndarray:
+    def run(most: float = math.inf) -> np.ndarray:
         solution = solve_ivp(
-            field, (0.0, case.stop), start, method=method, t_eval=times, rtol=RTOL, atol=ATOL
+            limited(field, most),
+            (0.0, case.stop),
+            start,
+            method=method,
+            t_eval=times,
+            rtol=RTOL,
+            atol=ATOL,
         )
         return solution.y.T
 
     return run
 
 
-def torchdiffeq_solve(case: FlowCase, method: str) -> Callable[[], np.ndarray]:
-    """`odeint` on a tuple of layers, without gradients."""
+def torchdiffeq_solve(case: FlowCase, method: str) -> Callable[..., np.ndarray]:
+    """`odeint` on a tuple of layers, without gradients; takes the most seconds."""
     target = torch.as_tensor(case.target)
     start = tuple(torch.as_tensor(w) for w in case.layers)
     times = torch.as_tensor(case.times)
@@ -101,9 +125,11 @@ def torchdiffeq_solve(case: FlowCase, method: str) -> Callable[[], np.ndarray]:
                 m = w[i].mT @ m
         return tuple(reversed(out))
 
-    def run() -> np.ndarray:
+    def run(most: float = math.inf) -> np.ndarray:
         with torch.no_grad():
-            ends = torchdiffeq.odeint(field, start, times, method=method, rtol=RTOL, atol=ATOL)
+            ends = torchdiffeq.odeint(
+                limited(field, most), start, times, method=method, rtol=RTOL, atol=ATOL
+            )
         return torch.cat([w.flatten(1) for w in ends], dim=1).numpy()
 
     return run

@@ -46,7 +46,8 @@ def stated(claim: str, measured: float, most: float) -> dict[str, Any]:
 class Table:
     """One contest: its timings, what they are compared with and what was asked.
 
-    `further` are targets that are no ratios of times, as `stated` makes them.
+    `further` are targets that are no ratios of times, as `stated` makes them; `absent` says of
+    contestants that did not finish why.
     """
 
     title: str
@@ -58,6 +59,7 @@ class Table:
     agreement: dict[str, float] = field(default_factory=dict)
     agreement_unit: str = "standard errors"
     further: Sequence[dict[str, Any]] = ()
+    absent: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a contestant."""
@@ -105,6 +107,7 @@ class Table:
                 *(_cell(row.get(key)) for key in extra),
             ]
             lines.append("| " + " | ".join(cells) + " |")
+        lines += [f"\n{name}: {reason}" for name, reason in self.absent.items()]
         for target in self.judged():
             word = "met" if target["met"] else "missed"
             lines.append(
@@ -160,6 +163,7 @@ class Report:
                     "agreement_unit": t.agreement_unit,
                     "rows": t.rows(),
                     "targets": t.judged(),
+                    "absent": t.absent,
                 }
                 for t in self.tables
             ],

@@ -18,6 +18,7 @@ from gradflow import (
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.from_optax import FromOptax
 from gradflow.regularizers.base import AbstractRegularizer
+from gradflow.solvers.switching import Switching
 
 RENAMED = {"kind": "distribution", "schedule": "step_size"}
 """Fields that a description calls otherwise: its own `kind` names the class, and a schedule stands
@@ -61,7 +62,8 @@ def rebuild_dynamics(described: Mapping[str, Any]) -> AbstractDynamics:
             f"dynamics: {kind!r} does not ship with gradflow; rebuild the dynamics by hand."
         )
     name = fields.pop("solver", None)
-    by_default = fields.get("stiff", False) or fields.get("conservative", False)
+    # The explicit default takes the tolerances of its flow.
+    by_default = fields.get("stiff") or fields.get("conservative") or name == Switching.__name__
     if name is not None and not by_default:
         fields["solver"] = _solver(name)
     return getattr(dynamics_room, kind)(**fields)

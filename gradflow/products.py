@@ -174,6 +174,18 @@ def _one(a: Float[Array, "... _ _"], b: Float[Array, "... _ _"], axes: Axes) -> 
     return jnp.matmul(a if axes[0] else a.mT, b.mT if axes[1] else b)
 
 
+def _single(a: Float[Array, "_ _"], b: Float[Array, "_ _"], axes: Axes) -> Array:
+    r"""The product of one path.
+
+    On CPUs XLA multiplies $A^\top B$ at half the rate of $A B$ and $A B^\top$, so that $A$ is
+    transposed beforehand; behind a barrier, or XLA would put the transposition back. It is not told
+    of $B^\top$ as a transposition either: if $B$ is a product, it would compute $B^\top$ anew.
+    """
+    if axes[0] == 0 and _on_cpu():
+        a, axes = jax.lax.optimization_barrier(a.T), (1, axes[1])
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())))
+
+
 def _of_paths(a: Float[Array, "_ _ _"], b: Float[Array, "_ _ _"], axes: Axes) -> Array:
     """The product of an ensemble in the form that suits its shapes."""
     inner = b.shape[axes[1]]
@@ -216,8 +228,8 @@ def _to_second(g: Array, a: Array, b: Any, *, axes: Axes) -> Array:
     return product(g, a, (0, other)) if axes[1] else product(a, g, (other, 0))
 
 
-_product.def_impl(jax.jit(_one, static_argnames="axes"))
+_product.def_impl(jax.jit(_single, static_argnames="axes"))
 _product.def_abstract_eval(_shape)
-mlir.register_lowering(_product, mlir.lower_fun(_one, multiple_results=False))
+mlir.register_lowering(_product, mlir.lower_fun(_single, multiple_results=False))
 batching.primitive_batchers[_product] = _mapped
 ad.defbilinear(_product, _to_first, _to_second)

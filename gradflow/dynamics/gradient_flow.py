@@ -8,7 +8,7 @@ from jaxtyping import ArrayLike
 
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.problem import Problem
-from gradflow.solvers.dormand_prince import DormandPrince853
+from gradflow.solvers.switching import Switching
 from gradflow.types import Scalar, Weights
 
 
@@ -22,9 +22,9 @@ class GradientFlow(AbstractOdeFlow):
     **Arguments:**
 
     - `rtol`, `atol`: relative and absolute tolerance of a step, > 0.
-    - `solver`: any diffrax ODE solver with an error estimate; default
-        `gradflow.solvers.DormandPrince853()`, or `diffrax.Kvaerno5()` with `stiff=True`. Implicit
-        solvers iterate by Newton's method to near rounding unless they are given a root finder.
+    - `solver`: any diffrax ODE solver with an error estimate; default `gradflow.solvers.Switching`,
+        or `gradflow.solvers.GaussLegendre(order=6)` with `stiff=True`. Implicit solvers of diffrax
+        iterate by Newton's method to near rounding unless they are given a root finder.
     - `stiff`: take the implicit default, for very unbalanced starts whose curvatures differ by
         many orders of magnitude.
     - `conservative`: take `GaussLegendre(order=6)`, which keeps every
@@ -52,7 +52,11 @@ class GradientFlow(AbstractOdeFlow):
     ):
         self.rtol, self.atol = checked_tolerances("GradientFlow", rtol, atol)
         self.solver = chosen_solver(
-            "GradientFlow", solver, stiff, conservative, explicit=DormandPrince853()
+            "GradientFlow",
+            solver,
+            stiff,
+            conservative,
+            explicit=Switching(self.rtol, self.atol),
         )
         self.stiff = stiff
         self.conservative = conservative

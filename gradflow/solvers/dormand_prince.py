@@ -1,20 +1,17 @@
 """The explicit Runge-Kutta method of Dormand and Prince of order 8, unrolled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import diffrax
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 from scipy.integrate import DOP853
 
-STAGES = DOP853.n_stages
-MANY = 1000
-"""Size of the state from which on its layers are kept apart: putting them together costs more."""
+from gradflow.solvers.stages import Stages
 
+STAGES = DOP853.n_stages
 TOGETHER = 0.01
 """Weight of the square of the estimate of order 3 beside that of order 5."""
 
@@ -30,9 +27,8 @@ class DormandPrince853(diffrax.AbstractAdaptiveSolver[None]):
     for $h \lambda < 6.39$ on the negative real axis: 0.53 an evaluation, where `diffrax.Dopri8` has
     0.40. It keeps nothing from step to step, so that a solve can be cut into many without loss.
 
-    The stages are written out, which makes a step of a small equation a few microseconds faster and
-    spares large ones the products with the zeros of the tableau. Between the ends of steps the
-    solution is interpolated by cubics, which are far less accurate than the steps.
+    Between the ends of steps the solution is interpolated by cubics, which are far less accurate
+    than the steps.
 
     **Source:** Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", II.5 and
     II.10; the coefficients are SciPy's.
@@ -72,46 +68,19 @@ class DormandPrince853(diffrax.AbstractAdaptiveSolver[None]):
     ) -> tuple[Any, Any, dict[str, Any], None, diffrax.RESULTS]:
         """Evaluate the stages one after the other, and add them up."""
         del solver_state, made_jump
-        h = terms.contr(t0, t1)
-        start, restore = _flattened(y0)
+        step = Stages(terms, t0, t1, y0, args, DOP853.A, DOP853.C)
+        end = step.moved(DOP853.B)
 
-        @jax.jit  # traced once, not once a stage
-        def field(t: Any, state: Any) -> Any:
-            return _flattened(terms.vf(t, restore(state), args))[0]
-
-        slopes: list[Any] = []
-
-        def moved(weights: np.ndarray) -> Any:
-            """The start moved along the slopes so far with the given weights."""
-            return jax.tree.map(
-                lambda y, *k: y + h * _combined(weights, k), start, *slopes[: weights.size]
-            )
-
-        for row, c in zip(DOP853.A, DOP853.C, strict=True):
-            slopes.append(field(t0 + c * (t1 - t0), moved(row[: len(slopes)]) if slopes else start))
-        end = moved(DOP853.B)
-
-        def error(*k: Array) -> Array:
-            fifth, third = (_combined(e[:STAGES], k) for e in (DOP853.E5, DOP853.E3))
+        def error(fifth: Array, third: Array) -> Array:
             length = jnp.sqrt(fifth**2 + TOGETHER * third**2)
-            return h * fifth**2 / jnp.where(length == 0.0, 1.0, length)
+            return step.length * fifth**2 / jnp.where(length == 0.0, 1.0, length)
 
-        y1 = restore(end)
-        ends = {"k0": slopes[0], "k1": field(t1, end)}  # costs nothing unless it is asked for
-        dense = {"y0": y0, "y1": y1}
-        dense |= {name: restore(jax.tree.map(lambda k: h * k, k)) for name, k in ends.items()}
-        error_estimate = restore(jax.tree.map(error, *slopes))
-        return y1, error_estimate, dense, None, diffrax.RESULTS.successful
-
-
-def _flattened(state: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """A small state as one vector, in which sums cost one loop; and the way back."""
-    if sum(leaf.size for leaf in jax.tree.leaves(state)) < MANY:
-        return ravel_pytree(state)
-    return state, lambda state: state
-
-
-def _combined(weights: np.ndarray, slopes: Sequence[Array]) -> Array:
-    """The sum of the slopes with their weights; most weights are zero."""
-    terms = [float(w) * k for w, k in zip(weights, slopes, strict=True) if w != 0.0]
-    return sum(terms[1:], start=terms[0])
+        estimates = (step.combined(e[:STAGES]) for e in (DOP853.E5, DOP853.E3))
+        error_estimate = step.restore(jax.tree.map(error, *estimates))
+        return (
+            step.restore(end),
+            error_estimate,
+            step.ends(t1, end),
+            None,
+            diffrax.RESULTS.successful,
+        )

@@ -12,7 +12,8 @@ from scipy.integrate import DOP853
 from scipy.integrate._ivp.rk import rk_step
 
 from gradflow.solvers import DormandPrince853
-from gradflow.solvers.dormand_prince import MANY, TOGETHER
+from gradflow.solvers.dormand_prince import TOGETHER
+from gradflow.solvers.stages import MANY
 
 
 def pendulum(t: Any, y: Any, args: Any) -> Any:
