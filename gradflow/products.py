@@ -181,7 +181,7 @@ def _single(a: Float[Array, "_ _"], b: Float[Array, "_ _"], axes: Axes) -> Array
     transposed beforehand; behind a barrier, or XLA would put the transposition back. It is not told
     of $B^\top$ as a transposition either: if $B$ is a product, it would compute $B^\top$ anew.
     """
-    if axes[0] == 0 and _on_cpu():
+    if axes[0] == 0 and on_cpu():
         a, axes = jax.lax.optimization_barrier(a.T), (1, axes[1])
     return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())))
 
