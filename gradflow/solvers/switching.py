@@ -32,10 +32,12 @@ class Switching(diffrax.AbstractAdaptiveSolver[Array]):
     steps are short for its slowest mode and at the edge of stability for its fastest. A step is
     tried with the stable method, 8 evaluations for up to $h \lambda = 13.6$. Where its error
     estimate is more than a tenth of the tolerance the step is taken with the accurate one, 12
-    evaluations for up to 6.4, and so are the three after it. That pays where steps end at
-    saved times that a stable step can reach. How much depends: what the accurate method leaves of
-    the fastest modes at the edge of its stability can keep the stable one from being taken. It
-    saved a third of the gradients at depth 4 and width 64, a fourteenth at depth 3 and width 20.
+    evaluations for up to 6.4, and so are the three after it.
+
+    That pays where steps end at saved times which the stable method alone can reach in one step: it
+    saved 36 % of the evaluations at depth 4 and width 64, 4 % at depth 3 and width 256, where the
+    accurate one reaches them too. Left to itself, the stable method fails every few steps at the
+    edge of its own stability, and nothing is saved.
 
     The only thing carried is the number of steps until the stable method is tried again; a solve
     can start without it. Under `jax.vmap` both methods take every step.
