@@ -9,6 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from gradflow.decompositions import decomposed_together, decomposes
 from gradflow.dynamics.base import AbstractDynamics, over_paths
 from gradflow.dynamics.descent import GradientDescent
 from gradflow.dynamics.gradient_flow import GradientFlow
@@ -28,7 +29,7 @@ from gradflow.geometry.imbalance import gram_differences, imbalance, squared_nor
 from gradflow.loss import loss
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.products import product
+from gradflow.products import in_groups, product
 from gradflow.theory.drift import flow_imbalance_drift, imbalance_drift
 from gradflow.theory.floor import (
     INSTEAD,
@@ -356,4 +357,7 @@ def observe(
         net = DeepLinear(w)
         return {o.name: o.evaluate(net, problem, dynamics) for o in observables}
 
-    return over_paths(one)(weights)
+    few = weights[0].shape[-1]
+    if few > 1 and decomposes(one, tuple(w[..., 0] for w in weights)):
+        few = decomposed_together(weights)
+    return in_groups(over_paths(one), weights, few)

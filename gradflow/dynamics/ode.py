@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, ArrayLike, Float
 
+from gradflow.decompositions import decomposed_together, decomposes
 from gradflow.dynamics.base import AbstractDynamics, State, divergence_limit, over_paths
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
+from gradflow.products import in_groups
 from gradflow.regularizers.base import as_parameter
 from gradflow.solvers.dense_or_krylov import DenseOrKrylov
 from gradflow.solvers.gauss_legendre import GaussLegendre
@@ -223,11 +225,21 @@ def integrate(
         good = solution.result == diffrax.RESULTS.successful
         return jax.tree.map(lambda y: jnp.where(good, y[0], jnp.nan), solution.ys), planned
 
-    if first_steps.shape[0] == 1:
+    def of_group(group: tuple[Any, Array]) -> tuple[Any, Array]:
+        if group[1].shape[0] > 1:
+            return over_paths(solve)(*group)
         # A batch of one would still copy the state of every loop at each of its rounds.
-        ended, planned = solve(jax.tree.map(lambda y: y[..., 0], states), first_steps[0])
-        return jax.tree.map(lambda y: y[..., None], ended), planned[None]
-    return over_paths(solve)(states, first_steps)
+        state, first_step = jax.tree.map(lambda y: y[..., 0], group)
+        return jax.tree.map(lambda y: y[..., None], solve(state, first_step))
+
+    few = first_steps.shape[0]
+    if few > 1 and isinstance(solver, diffrax.AbstractImplicitSolver | GaussLegendre):
+        few = 1
+    elif few > 1 and decomposes(
+        lambda y: field(start, y, problem), jax.tree.map(lambda y: y[..., 0], states)
+    ):
+        few = decomposed_together(tuple(jax.tree.leaves(states)))
+    return in_groups(of_group, (states, first_steps), few)
 
 
 def _with_newton(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, UInt32
 
+from gradflow.decompositions import decomposed_together
 from gradflow.dynamics.base import AbstractDynamics, State, bury, divergence_limit, over_paths
 from gradflow.dynamics.modified_flow import is_reshuffled
 from gradflow.dynamics.ode import checked_tolerances, chosen_solver, integrate
@@ -22,6 +23,7 @@ from gradflow.geometry.limit_maps import descent_projection, flow_projection
 from gradflow.geometry.manifold import retract
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
+from gradflow.products import in_groups
 from gradflow.regularizers.base import as_parameter
 from gradflow.streams import Source
 from gradflow.theory.drift import flow_imbalance_drift
@@ -282,11 +284,15 @@ class SlowFlow(AbstractDynamics):
         stop: Array,
     ) -> tuple[Weights, Float[Array, " paths"]]:
         """The weights at `stop`, on the manifold; NaN for a path that does not get there."""
-        loss, solver = output_loss(problem), self.solver
-        weights, planned = integrate(
-            self._field, solver, self.rtol, self.atol, problem, weights, planned, start, stop
-        )
-        return over_paths(lambda w: retract(w, loss))(weights), planned
+        loss, tolerances = output_loss(problem), (self.rtol, self.atol)
+
+        def of_group(group: tuple[Weights, Array]) -> tuple[Weights, Array]:
+            weights, planned = integrate(
+                self._field, self.solver, *tolerances, problem, *group, start, stop
+            )
+            return over_paths(lambda w: retract(w, loss))(weights), planned
+
+        return in_groups(of_group, (weights, planned), decomposed_together(weights))
 
     def _wander(
         self,
@@ -313,7 +319,11 @@ class SlowFlow(AbstractDynamics):
                 source.of_path(path),
             )
 
-        return over_paths(one)(memory.anchor, memory.cell, source.paths)
+        def of_group(group: tuple[Weights, Array, Array]) -> tuple[Weights, Weights]:
+            return over_paths(one)(*group)
+
+        paths = (memory.anchor, memory.cell, source.paths)
+        return in_groups(of_group, paths, decomposed_together(memory.before))
 
     def _diffusion(
         self, problem: Problem, weights: Weights, increment: Float[Array, " normals"]

@@ -1,0 +1,99 @@
+"""No batch of decompositions is large enough to be handed to the threads that wait for it."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from jax.extend.core import ClosedJaxpr
+
+import gradflow as gf
+from gradflow.decompositions import COST, LAPACK, POOLED, decomposed_together, decomposes
+from gradflow.observables import observe, resolve
+from gradflow.streams import Source
+
+MATRIX = jax.ShapeDtypeStruct((4, 4), float)
+RNG = np.random.default_rng(5)
+PATHS = 300
+
+
+def ensemble(*widths):
+    """Random layers of many paths."""
+    shapes = zip(widths[1:], widths[:-1], strict=True)
+    return tuple(jnp.asarray(RNG.normal(size=(*shape, PATHS))) for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        jnp.linalg.eigh,
+        jnp.linalg.qr,
+        lambda a: jax.lax.fori_loop(0, 3, lambda _, b: jnp.linalg.inv(b), a),
+        lambda a: jax.lax.cond(a[0, 0] > 0.0, jnp.linalg.cholesky, jnp.negative, a),
+        lambda a: lx.linear_solve(lx.MatrixLinearOperator(a), a[0]).value,
+    ],
+)
+def test_decompositions_are_found_wherever_they_are(function):
+    assert decomposes(function, MATRIX)
+
+
+def test_products_are_no_decompositions():
+    assert not decomposes(lambda a: jnp.sum(a @ a.T), MATRIX)
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1), (2, 3, 2), (10, 1, 10), (30, 30, 30)])
+def test_groups_are_small_or_of_one_path(widths, monkeypatch):
+    weights = ensemble(*widths)
+    rows = max(sum(w[..., 0].size for w in weights), widths[0] * widths[-1])
+    few = decomposed_together(weights)
+    assert few == 1 or few * COST * rows**3 < POOLED
+    assert few == PATHS or (few + 1) * COST * rows**3 >= POOLED
+    monkeypatch.setattr("gradflow.decompositions.on_cpu", lambda: False)
+    assert decomposed_together(weights) == PATHS
+
+
+def batches(jaxpr):
+    """(matrices in the batch, their rows) of every LAPACK operation of a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in LAPACK:
+            for shape in (v.aval.shape for v in equation.invars if getattr(v.aval, "ndim", 0) > 1):
+                yield int(np.prod(shape[:-2])), max(shape[-2:])
+        inner = [p for p in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr)
+        ) if isinstance(p, ClosedJaxpr)]  # fmt: skip
+        for parameter in inner:
+            yield from batches(parameter.jaxpr)
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1), (2, 3, 2)])
+def test_observables_of_an_ensemble(widths):
+    weights = ensemble(*widths)
+    problem = gf.Problem(gf.Regression.whitened(RNG.normal(size=(widths[-1], widths[0]))))
+    watched, dynamics = resolve(["sharpness", "loss"]), gf.GradientDescent(0.1)
+
+    def watch(w):
+        return observe(watched, w, problem, dynamics)
+
+    found = list(batches(jax.make_jaxpr(watch)(weights).jaxpr))
+    assert found
+    assert all(count == 1 or count * COST * rows**3 < POOLED for count, rows in found)
+    together = jax.jit(watch)(weights)
+    for path in (0, 7, PATHS - 1):
+        alone = watch(tuple(w[..., path : path + 1] for w in weights))
+        np.testing.assert_allclose(together["sharpness"][path], alone["sharpness"][0], rtol=1e-10)
+
+
+def test_the_velocities_of_a_slow_flow():
+    weights = ensemble(2, 3, 2)
+    problem = gf.Problem(gf.Regression.whitened(RNG.normal(size=(2, 2))), [gf.InputNoise(0.1)])
+    flow = gf.SlowFlow(0.01)
+    start = flow.init(problem, tuple(w[..., :1] for w in weights))
+    many = jax.tree.map(lambda leaf: jnp.repeat(leaf, PATHS, axis=-1), start)
+    source = Source(jax.random.key(0), jnp.arange(PATHS))
+
+    def go(state):
+        return flow.advance(problem, state, jnp.asarray(0.0), jnp.asarray(1.0), source, 1)
+
+    found = list(batches(jax.make_jaxpr(go)(many).jaxpr))
+    assert found
+    assert all(count == 1 or count * COST * rows**3 < POOLED for count, rows in found)
