@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from gradflow.products import on_cpu
 from gradflow.types import Weights
@@ -31,7 +31,18 @@ COST = 30
 
 def decomposes(function: Callable[..., Any], *arguments: Any) -> bool:
     """Whether a function of one path decomposes matrices; `arguments` need shapes only."""
-    return any(name in LAPACK for name in _primitives(jax.make_jaxpr(function)(*arguments).jaxpr))
+    return traced(function, *arguments)[1]
+
+
+def traced(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], bool]:
+    """A function of one path, traced once, and whether it decomposes matrices."""
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+
+    def run(*arguments: Any) -> Any:
+        results = jaxpr_as_fun(program)(*jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return run, any(name in LAPACK for name in _primitives(program.jaxpr))
 
 
 def decomposed_together(weights: Weights) -> int:

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gradflow.decompositions import decomposed_together, decomposes
+from gradflow.decompositions import decomposed_together, traced
 from gradflow.dynamics.base import AbstractDynamics, over_paths
 from gradflow.dynamics.descent import GradientDescent
 from gradflow.dynamics.gradient_flow import GradientFlow
@@ -357,7 +357,6 @@ def observe(
         net = DeepLinear(w)
         return {o.name: o.evaluate(net, problem, dynamics) for o in observables}
 
-    few = weights[0].shape[-1]
-    if few > 1 and decomposes(one, tuple(w[..., 0] for w in weights)):
-        few = decomposed_together(weights)
-    return in_groups(over_paths(one), weights, few)
+    of_path, decomposes = traced(one, tuple(w[..., 0] for w in weights))
+    few = decomposed_together(weights) if decomposes else weights[0].shape[-1]
+    return in_groups(over_paths(of_path), weights, few)
