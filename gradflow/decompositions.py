@@ -3,7 +3,7 @@ r"""How many paths decompose their matrices in one library call.
 Under `jax.vmap` the matrices of all paths go to LAPACK as one batch. JAX's kernels for CPUs hand a
 batch of much work to the pool of threads on which XLA runs the program, and wait for it. When
 several devices do so at once, or one in two places, every thread of the pool waits for the pool:
-the program hangs for good (jaxlib 0.10 to 0.12, `ParallelBatchMap`). A batch of little work, or of
+the program hangs for good (jaxlib 0.10.2, `ParallelBatchMap`). A batch of little work, or of
 one matrix, stays where it is, and is no slower: paths that decompose matrices come in small groups.
 """
 

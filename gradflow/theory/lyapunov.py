@@ -68,11 +68,7 @@ def _weight_covariance(
 ) -> tuple[Float[Array, "outputs outputs"], Kernel]:
     """$W$ and the kernel in the coordinates of the basis, which the problem is in already."""
     loss = output_loss(problem)
-    kernel, data, h = (
-        kernel_at(weights, loss.root),
-        DataNoise(problem, weights, loss),
-        law.step_size,
-    )
+    kernel, data = kernel_at(weights, loss.root), DataNoise(problem, weights, loss)
     h, (p, q, r) = law.step_size, law.coefficients
     fed = feedback and data.is_multiplicative
     mu = basis.values.ravel()
