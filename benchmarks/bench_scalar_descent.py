@@ -32,6 +32,7 @@ def main() -> None:
     )
     methods = [
         Method("noise alone", noise_alone((1, 1), PATHS), steps, None),
+        Method("steps alone, normals given", jax_peers.steps_alone(training, PATHS), steps, None),
         Method("gradflow", own, steps),
         Method("gradflow, single-precision normals", single, steps),
         Method(

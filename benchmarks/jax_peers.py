@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import lineax
 import numpy as np
 from cases import Training
-from limits import over_devices
+from limits import each_device, over_devices
 
 BLOCK = 50
+
+GROUP = 512
+"""Numbers of a vector that stays in the first-level cache."""
 
 
 def scan_in_blocks(
@@ -45,6 +48,36 @@ def scan_in_blocks(
         return jax.block_until_ready(run(starts, keys))
 
     return start
+
+
+def steps_alone(training: Training, paths: int, block: int = 64) -> Callable[[int], Any]:
+    """The steps of a chain of two numbers on one block of normals, again and again.
+
+    One loop a layer over all paths, as XLA writes it, in groups that stay in the first-level cache.
+    """
+    a, b = training.descent_scales
+    target = float(training.target.squeeze())
+    devices = len(jax.devices())
+    groups = devices * max(paths // (GROUP * devices), 1)
+    shape = (groups, paths // groups)
+    normals = jax.random.normal(jax.random.key(1), (block, shape[1]))
+
+    @jax.jit
+    def run(starts: Any, blocks: jax.Array) -> Any:
+        def step(weights: Any, z: jax.Array) -> tuple[Any, None]:
+            moved = scalar_field(weights, lambda p: a * (p - target) + b * z)
+            return tuple(w - g for w, g in zip(weights, moved, strict=True)), None
+
+        def of_group(weights: Any) -> Any:
+            def one_block(_: Any, weights: Any) -> Any:
+                return jax.lax.scan(step, weights, normals)[0]
+
+            return jax.lax.fori_loop(0, blocks, one_block, weights)
+
+        return each_device(lambda own: jax.lax.map(of_group, own))(starts)
+
+    starts = tuple(over_devices(jnp.full(shape, w.squeeze())) for w in training.layers)
+    return lambda steps: jax.block_until_ready(run(starts, jnp.asarray(-(-steps // block))))
 
 
 def scalar_field(weights: Any, residual: Callable[[Any], Any]) -> Any:

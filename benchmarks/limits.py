@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,13 @@ def over_devices(array: jax.Array, axis: int = 0) -> jax.Array:
     names[axis] = "paths"
     mesh = Mesh(np.array(devices), ("paths",))
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*names)))
+
+
+def each_device(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Apply a function of arrays laid out by `over_devices` to the part of every device."""
+    mesh = Mesh(np.array(jax.devices()), ("paths",))
+    spec = PartitionSpec("paths")
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def noise_alone(shape: tuple[int, ...], paths: int) -> Callable[[int], jax.Array]:
@@ -66,6 +74,29 @@ def gemm(size: int = GEMM_SIZE) -> tuple[Callable[[], jax.Array], float]:
     a, b = jax.random.normal(jax.random.key(0), (2, size, size))
     multiply = jax.jit(partial(jnp.matmul, precision="highest"))
     return lambda: multiply(a, b).block_until_ready(), 2.0 * size**3
+
+
+def small_products(width: int, paths: int, count: int) -> Callable[[int], jax.Array]:
+    """`count` products of square matrices a step and path, path after path, and nothing else.
+
+    The function takes the number of steps. A path's two matrices stay in the cache.
+    """
+    a, b = (
+        over_devices(m)
+        for m in jax.random.normal(jax.random.key(1), (2, paths, width, width)) / width**0.5
+    )
+
+    @jax.jit
+    def run(a: jax.Array, b: jax.Array, products: jax.Array) -> jax.Array:
+        def of_path(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+            left, right = pair
+            return jax.lax.fori_loop(
+                0, products, lambda _, c: jnp.matmul(left, c, precision="highest"), right
+            )
+
+        return each_device(lambda pair: jax.lax.map(of_path, pair))((a, b))
+
+    return lambda steps: run(a, b, jnp.asarray(count * steps)).block_until_ready()
 
 
 def copy() -> tuple[Callable[[], jax.Array], float]:

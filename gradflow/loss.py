@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.data import Regression
 from gradflow.network import DeepLinear, end_to_end
@@ -34,6 +34,31 @@ def push_forward(weights: Weights, tangent: Weights) -> EndToEnd:
     return jax.jvp(end_to_end, (weights,), (tangent,))[1]
 
 
+def on_inputs(p: EndToEnd, data: Regression, variance: ArrayLike = 0.0) -> EndToEnd:
+    r"""$P (S_{xx} + \sigma^2 I)$, with noise of the given variance on the inputs.
+
+    White inputs cost no product: a seventh of a gradient of depth 3.
+    """
+    if data.is_white:
+        return _on_white(p, data.sxx) + variance * p
+    return product(p, data.sxx + variance * jnp.eye(data.d_in, dtype=data.sxx.dtype))
+
+
+@jax.custom_jvp
+def _on_white(p: EndToEnd, sxx: Float[Array, "d_in d_in"]) -> EndToEnd:
+    """$P S_{xx}$ where $S_{xx} = I$, with the derivatives of the product."""
+    return p
+
+
+@_on_white.defjvp
+def _on_white_jvp(
+    primals: tuple[EndToEnd, Array], tangents: tuple[EndToEnd, Array]
+) -> tuple[EndToEnd, EndToEnd]:
+    p, _ = primals
+    dp, ds = tangents
+    return p, dp + product(p, ds)
+
+
 def moment_loss(
     p: EndToEnd,
     sxx: Float[Array, "d_in d_in"],
@@ -47,7 +72,7 @@ def moment_loss(
 def end_to_end_gradient(net: DeepLinear, data: Regression) -> EndToEnd:
     r"""$M = \partial L / \partial P = P S - Y$, `(d_N, d_0)`, with $S = S_{xx}$, $Y = S_{yx}$."""
     _check_match(net, data)
-    return product(net.end_to_end, data.sxx) - data.syx
+    return on_inputs(net.end_to_end, data) - data.syx
 
 
 def loss(net: DeepLinear, data: Regression) -> Scalar:

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gradflow.data import Regression
-from gradflow.loss import pull_back
+from gradflow.loss import on_inputs, pull_back
 from gradflow.network import end_to_end
-from gradflow.products import product
 from gradflow.regularizers.averaged import (
     add_penalties,
     averaged_gradient,
@@ -177,7 +176,7 @@ class Problem(eqx.Module):
         p = end_to_end(weights)
         return NoiseMoments(
             p=p,
-            m=product(p, self.data.sxx) - self.data.syx,
+            m=on_inputs(p, self.data) - self.data.syx,
             root=self.root,
             inverse_root=self.inverse_root,
             noisy_root=self.noisy_root,

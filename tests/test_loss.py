@@ -2,6 +2,7 @@
 
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from reference import as_numpy, assert_close, scale
 from strategies import cases, matrices, networks, samples
 
 import gradflow as gf
-from gradflow.loss import pull_back, push_forward
+from gradflow.loss import on_inputs, pull_back, push_forward
 
 
 def moments(data):
@@ -120,3 +121,44 @@ def test_network_and_data_must_fit(function, target):
 def test_a_population_has_no_samples():
     with pytest.raises(ValueError, match=r"population data have no samples.*from_samples"):
         gf.per_sample_gradients(NET, gf.Regression.whitened([[1.0, 2.0]]))
+
+
+def test_white_inputs_are_recognised():
+    """Exactly the identity, by whatever way the data were built, and nothing near it."""
+    target = np.array([[1.0, 0.5]])
+    x = np.random.default_rng(0).normal(size=(20, 2))
+    white = [
+        gf.Regression.whitened(target),
+        gf.Regression.from_moments(np.eye(2), target),
+        gf.Regression.from_samples(x, x @ target.T, whiten=True),
+    ]
+    assert all(data.is_white for data in white)
+    near = np.eye(2)
+    near[0, 1] = near[1, 0] = 1e-12
+    for data in (
+        gf.Regression.from_moments(near, target),
+        gf.Regression.from_moments(2.0 * np.eye(2), target),
+        gf.Regression.from_samples(x, x @ target.T),
+    ):
+        assert not data.is_white
+
+
+@pytest.mark.parametrize("covariance", [np.eye(2), np.array([[1.0, 0.3], [0.3, 2.0]])])
+@pytest.mark.parametrize("std", [0.0, 0.5])
+def test_derivatives_with_respect_to_the_moments(covariance, std):
+    r"""Of $\langle C, P (S + \sigma^2 I) - Y\rangle$: $P^\top C$ by $S$, $-C$ by $Y$."""
+    rng = np.random.default_rng(1)
+    net = gf.DeepLinear([rng.normal(size=(3, 2)), rng.normal(size=(2, 3))])
+    data = gf.Regression.from_moments(covariance, rng.normal(size=(2, 2)))
+    c = rng.normal(size=(2, 2))
+
+    def value(moments):
+        moved = eqx.tree_at(lambda d: (d.sxx, d.syx), data, moments)
+        return jnp.sum(c * (on_inputs(net.end_to_end, moved, std**2) - moved.syx))
+
+    p = reference.end_to_end(as_numpy(net.weights))
+    expected = np.sum(c * (p @ (covariance + std**2 * np.eye(2)) - np.asarray(data.syx)))
+    np.testing.assert_allclose(value((data.sxx, data.syx)), expected, rtol=1e-13)
+    by_sxx, by_syx = jax.grad(value)((data.sxx, data.syx))
+    np.testing.assert_allclose(by_sxx, p.T @ c, rtol=1e-13)
+    np.testing.assert_allclose(by_syx, -c, rtol=1e-13)

@@ -41,6 +41,7 @@ class Regression(eqx.Module):
     - `x` `(n, d_0)`, `y` `(n, d_N)`: the finite sample, or `None` for a population.
     - `n`: number of samples whose noise is averaged in one step.
     - `name`, `input_names`, `target_names`: labels.
+    - `is_white`: whether `sxx` is exactly the identity, so that products with it can be spared.
     """
 
     sxx: Float[Array, "d_in d_in"]
@@ -56,6 +57,7 @@ class Regression(eqx.Module):
     name: str = eqx.field(static=True)
     input_names: tuple[str, ...] = eqx.field(static=True)
     target_names: tuple[str, ...] = eqx.field(static=True)
+    is_white: bool = eqx.field(static=True)
 
     @classmethod
     def whitened(
@@ -337,6 +339,7 @@ class Regression(eqx.Module):
             name=name,
             input_names=column_names(input_names, len(sxx), "data.input_names", "x"),
             target_names=column_names(target_names, len(syy), "data.target_names", "y"),
+            is_white=np.array_equal(sxx, np.eye(len(sxx))),
         )
 
     @property

@@ -33,6 +33,9 @@ MOST_BYTES = 2**26
 ACCELERATOR_BYTES = 2**31
 """Noise drawn at once on an accelerator, where a draw is a kernel of its own."""
 
+CPU_STEPS = 2
+"""Steps of numbers in a turn of the loop on a CPU."""
+
 ACCELERATOR_STEPS = 16
 """Steps of scalar networks written out one after the other on an accelerator: they become one
 kernel. With a kernel and a turn of a loop for each, 10^5 paths take 13 us a step on an H100, with
@@ -187,11 +190,13 @@ def advance_in_blocks(
 def steps_a_turn(weights: Weights) -> int:
     """How many steps a turn of a loop over steps takes.
 
-    Several where they are elementwise and a kernel has a price. Written out steps of matrices would
-    be a program that takes XLA minutes to compile.
+    Several where they are elementwise: on an accelerator a kernel has a price, and on a CPU one
+    step alone would have to copy a layer that the other one still needs, a twentieth of its time.
+    Written out steps of matrices would be a program that takes XLA minutes to compile.
     """
-    elementwise = max(widths_of(weights)) == 1
-    return ACCELERATOR_STEPS if elementwise and not on_cpu() else 1
+    if max(widths_of(weights)) > 1:
+        return 1
+    return CPU_STEPS if on_cpu() else ACCELERATOR_STEPS
 
 
 def repeated(

@@ -1,5 +1,6 @@
 """The modified flow of gradient descent: backward error analysis."""
 
+import dataclasses
 from typing import Any
 
 import diffrax
@@ -8,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from gradflow.data import Regression
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.dynamics.settings import checked_step_size
 from gradflow.loss import pull_back
@@ -187,8 +187,8 @@ def _spread_of_layers(
     """The same with noise inside the network, from the averaged gradient of every row."""
 
     def of_row(row: tuple[Array, Array]) -> tuple[Scalar, Weights]:
-        moments = tuple(jnp.outer(a, b) for a, b in ((row[0], row[0]), (row[1], row[0])))
-        alone: Regression = eqx.tree_at(lambda d: (d.sxx, d.syx), problem.data, moments)
+        sxx, syx = (jnp.outer(a, b) for a, b in ((row[0], row[0]), (row[1], row[0])))
+        alone = dataclasses.replace(problem.data, sxx=sxx, syx=syx, is_white=False)
         g = averaged_gradient(weights, alone, problem.regularizers, penalties=False)
         return sum((jnp.sum(v * v) for v in g), start=jnp.zeros(())), g
 

@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.decompositions import decomposed_together, decomposes
@@ -32,6 +33,9 @@ CHECKPOINTS = 16
 
 MAX_STEPS = 1_000_000
 """Solver steps between two saved times before the solve is given up."""
+
+MANY = 1000
+"""Size of the state from which on its layers are kept apart: putting them together costs more."""
 
 VectorField: TypeAlias = Callable[[Any, Any, Problem], Any]
 """The time derivative of the state of one path, a function of (t, state, problem)."""
@@ -203,15 +207,25 @@ def integrate(
     **Returns:** the states at `stop`, NaN for a path whose solve failed, and the lengths of the
     steps that would come next.
     """
+    # Solver time goes from 0 to 1. diffrax rounds the end of a solve down a hundred times, which
+    # takes as long as a step of a small equation; for a constant the compiler does it.
+    length = stop - start
+    moves = length > 0.0
 
     def solve(state: Any, first_step: Scalar) -> tuple[Any, Scalar]:
+        state, restore = _flattened(state)
+
+        def scaled_field(s: Any, y: Any, problem: Problem) -> Any:
+            velocity = field(start + length * s, restore(y), problem)
+            return _flattened(jax.tree.map(lambda v: length * v, velocity))[0]
+
         pid = diffrax.PIDController(rtol, atol, pcoeff=PROPORTIONAL, icoeff=INTEGRAL)
-        controller = ResumableController(pid, first_step)
+        controller = ResumableController(pid, jnp.where(moves, first_step / length, 1.0))
         solution = diffrax.diffeqsolve(
-            _terms(solver, field),
+            _terms(solver, scaled_field),
             solver,
-            t0=start,
-            t1=stop,
+            t0=0.0,
+            t1=1.0,
             dt0=None,
             y0=state,
             args=problem,
@@ -223,7 +237,9 @@ def integrate(
         )
         _, planned = cast(tuple[Any, Scalar], solution.controller_state)
         good = solution.result == diffrax.RESULTS.successful
-        return jax.tree.map(lambda y: jnp.where(good, y[0], jnp.nan), solution.ys), planned
+        reached = jax.tree.map(lambda y: jnp.where(good, y[0], jnp.nan), solution.ys)
+        end = jax.tree.map(lambda y1, y0: jnp.where(moves, y1, y0), reached, state)
+        return restore(end), jnp.where(moves, length * planned, first_step)
 
     def of_group(group: tuple[Any, Array]) -> tuple[Any, Array]:
         if group[1].shape[0] > 1:
@@ -240,6 +256,13 @@ def integrate(
     ):
         few = decomposed_together(tuple(jax.tree.leaves(states)))
     return in_groups(of_group, (states, first_steps), few)
+
+
+def _flattened(state: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A small state as one vector, whose sums and norms cost one loop each; and the way back."""
+    if sum(leaf.size for leaf in jax.tree.leaves(state)) < MANY:
+        return ravel_pytree(state)
+    return state, lambda state: state
 
 
 def _with_newton(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gradflow.data import Regression
-from gradflow.loss import moment_loss, pull_back
+from gradflow.loss import moment_loss, on_inputs, pull_back
 from gradflow.network import end_to_end
 from gradflow.products import product
 from gradflow.regularizers.base import (
@@ -101,6 +101,13 @@ def moment_gradient(
     return jax.grad(expected)(weights)
 
 
+def end_to_end_mean(
+    p: EndToEnd, data: Regression, regularizers: Sequence[AbstractRegularizer]
+) -> EndToEnd:
+    r"""The mean gradient $P S_0 - Y$ with respect to $P$ under noise on the data."""
+    return on_inputs(p, data, input_variance(regularizers)) - data.syx
+
+
 def averaged_loss(
     weights: Weights, data: Regression, regularizers: Sequence[AbstractRegularizer]
 ) -> Scalar:
@@ -140,7 +147,10 @@ def averaged_gradient(
     **Raises:** `ValueError` for a noise that cannot act on a network of this depth.
     """
     noises = layer_noises(regularizers, len(weights))
-    g = moment_gradient(weights, input_moment(data, regularizers), data.syx, noises)
+    if noises:
+        g = moment_gradient(weights, input_moment(data, regularizers), data.syx, noises)
+    else:
+        g = pull_back(weights, end_to_end_mean(end_to_end(weights), data, regularizers))
     return add_penalties(g, weights, regularizers) if penalties else g
 
 

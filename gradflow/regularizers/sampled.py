@@ -26,6 +26,7 @@ from gradflow.loss import pull_back
 from gradflow.products import product
 from gradflow.regularizers.averaged import (
     add_penalties,
+    end_to_end_mean,
     input_moment,
     input_variance,
     layer_noises,
@@ -179,7 +180,7 @@ def _from_moments(
 ) -> Weights:
     regularizers = [r for r, _ in pairs]
     normals = tuple(d for r, d in pairs if isinstance(r, AbstractDataNoise))
-    mean = product(moments.p, input_moment(data, regularizers)) - data.syx
+    mean = end_to_end_mean(moments.p, data, regularizers)
     return pull_back(weights, mean + end_to_end_increment(regularizers, moments, normals))
 
 

@@ -1,15 +1,11 @@
 """The stages of an explicit Runge-Kutta step, written out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
-
-MANY = 1000
-"""Size of the state from which on its layers are kept apart: putting them together costs more."""
 
 
 class Stages:
@@ -35,11 +31,11 @@ class Stages:
         c: Float[np.ndarray, " s"],
     ):
         self.length = terms.contr(t0, t1)
-        self.start, self.restore = _flattened(y0)
+        self.start = y0
 
         @jax.jit  # traced once, not once a stage
         def field(t: Any, state: Any) -> Any:
-            return _flattened(terms.vf(t, self.restore(state), args))[0]
+            return terms.vf(t, state, args)
 
         self.field = field
         self.slopes: list[Any] = []
@@ -58,20 +54,12 @@ class Stages:
     def ends(self, t1: Any, end: Any) -> dict[str, Any]:
         """What an interpolation by cubics needs; compiled only where one is asked for."""
         slopes = {"k0": self.slopes[0], "k1": self.field(t1, end)}
-        states = {"y0": self.start, "y1": end}
-        states |= {name: self.scaled(slope) for name, slope in slopes.items()}
-        return {name: self.restore(state) for name, state in states.items()}
+        scaled = {name: self.scaled(slope) for name, slope in slopes.items()}
+        return {"y0": self.start, "y1": end} | scaled
 
     def combined(self, weights: Float[np.ndarray, " _"]) -> Any:
         """The sum of the slopes with the given weights."""
         return jax.tree.map(lambda *k: _sum(weights, k), *self.slopes[: len(weights)])
-
-
-def _flattened(state: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """A small state as one vector, in which sums cost one loop; and the way back."""
-    if sum(leaf.size for leaf in jax.tree.leaves(state)) < MANY:
-        return ravel_pytree(state)
-    return state, lambda state: state
 
 
 def _sum(weights: Float[np.ndarray, " _"], slopes: Sequence[Array]) -> Array:

@@ -1,13 +1,18 @@
 """Flows as pure functions: inside compiled programs, sweeps and derivatives."""
 
+from typing import Any
+
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import Array
+from scipy.integrate import solve_ivp
 
 import gradflow as gf
+from gradflow.dynamics.ode import MANY, integrate
 from gradflow.types import Scalar
 
 TIMES = np.array([0.0, 0.3, 1.0, 2.5])
@@ -71,3 +76,57 @@ def test_what_cannot_be_reached_is_nan():
     first, _ = eqx.filter_jit(FLOWS[0].solve)(problem, net, jnp.asarray(TIMES))
     assert np.isfinite(first[0]).all()
     assert np.isnan(first[1:]).all()
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda f: type(f).__name__)
+def test_a_time_may_come_twice(flow: gf.AbstractDynamics):
+    """The weights stay where they are, and later ones do not notice but in how steps are cut."""
+    once = flow.solve(PROBLEM, NET, TIMES)
+    twice = flow.solve(PROBLEM, NET, np.repeat(TIMES, 2))
+    for a, b in zip(once, twice, strict=True):
+        np.testing.assert_array_equal(b[::2], b[1::2])
+        np.testing.assert_allclose(b[::2], a, rtol=0.0, atol=1e-9)
+
+
+def test_the_derivative_by_a_saved_time_is_the_velocity():
+    flow = gf.GradientFlow(1e-11, 1e-13)
+    stop = jnp.array(0.7)
+
+    def end(stop: Scalar) -> tuple[Array, ...]:
+        return tuple(w[-1] for w in flow.solve(PROBLEM, NET, jnp.stack([0.4 * stop, stop])))
+
+    layers, velocity = jax.jit(lambda t: (end(t), jax.jacrev(end)(t)))(stop)
+    w1, w2 = (np.asarray(w) for w in layers)
+    m = w2 @ w1 * (1.0 + 0.2**2) - np.array([[1.0, -0.5]])
+    np.testing.assert_allclose(velocity[0], -w2.T @ m, rtol=0.0, atol=1e-8)
+    np.testing.assert_allclose(velocity[1], -m @ w1.T, rtol=0.0, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1, MANY], ids=["as one vector", "in parts"])
+@pytest.mark.parametrize("solver", [gf.solvers.DormandPrince853(), diffrax.Tsit5()])
+def test_a_field_that_depends_on_time_is_integrated_over_the_time_asked_for(size, solver):
+    """A driven pendulum of one or many parts, two paths, in two links of a chain, beside SciPy."""
+
+    def field(t: Any, y: Any, problem: Any) -> Any:
+        angle, speed = y
+        return speed, -jnp.sin(angle) * (1.0 + 0.3 * t)
+
+    def flat(t: float, y: np.ndarray) -> np.ndarray:
+        return np.array([y[1], -np.sin(y[0]) * (1.0 + 0.3 * t)])
+
+    starts = np.array([[0.5, 1.2], [0.1, -0.4]])  # angle and speed of both paths
+    states = tuple(jnp.broadcast_to(row, (size, 2)) for row in starts)
+    rtol, atol = jnp.array(1e-11), jnp.array(1e-12)
+    planned = jnp.zeros(2)
+    for start, stop in ((0.7, 1.9), (1.9, 2.0)):
+        before = planned
+        states, planned = integrate(
+            field, solver, rtol, atol, PROBLEM, states, planned, jnp.array(start), jnp.array(stop)
+        )
+    for path in range(2):
+        exact = solve_ivp(
+            flat, (0.7, 2.0), starts[:, path], method="DOP853", rtol=1e-12, atol=1e-13
+        ).y[:, -1]
+        for part, expected in zip(states, exact, strict=True):
+            np.testing.assert_allclose(part[:, path], expected, rtol=0.0, atol=1e-9)
+    assert np.all(planned > 0.5 * before), "a short link must not shorten what comes next"
