@@ -10,7 +10,7 @@ from typing import Any
 SHORTEST = 0.1
 """Seconds of work in one timing; shorter work is repeated."""
 
-PAUSE = 0.05
+PAUSE = 0.3
 """Seconds between two timings, in which the threads of the last contestant fall asleep."""
 
 PATIENCE = 60.0

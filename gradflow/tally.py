@@ -79,8 +79,8 @@ class Tally:
         Of antithetic paths both of every pair must be among them.
         """
         rows = [observed[name].reshape(alive.size, -1) for name in self.names]
-        values = np.concatenate(rows, axis=1, dtype=np.float64)[alive].T
-        values = np.ascontiguousarray(values)
+        values = np.ascontiguousarray(np.concatenate(rows, axis=1, dtype=np.float64).T)
+        values = values if alive.all() else values[:, alive]
         self.lost[index] += alive.size - values.shape[1]
         chunk = Moments.of(values, len(self.paired))
         self.moments[index] = self.moments[index].merged(chunk)

@@ -39,8 +39,8 @@ class Sketch:
         """Count some values; those that are not finite are counted apart."""
         defined = values[np.isfinite(values)]
         self.undefined += values.size - defined.size
-        keys, counts = np.unique(ordered(defined) >> self.level, return_counts=True)
-        self._join(keys, counts)
+        keys = np.sort(ordered(defined) >> self.level)
+        self._join(keys, np.ones_like(keys))
 
     def merge(self, other: "Sketch") -> None:
         """Count what another sketch has counted."""
@@ -70,11 +70,15 @@ class Sketch:
         return value, np.where(share > 0.0, np.maximum(low_width, high_width), low_width)
 
     def _join(self, keys: Int64[np.ndarray, " new"], counts: Int64[np.ndarray, " new"]) -> None:
-        """Add bins of the current level, and make all of them coarser where they are too many."""
-        keys = np.concatenate([self.keys, keys])
-        counts = np.concatenate([self.counts, counts])
-        order = np.argsort(keys, kind="stable")
-        keys, counts = keys[order], counts[order]
+        """Add to bins of the current level, and make all coarser where they are too many.
+
+        `keys` are ascending; one may come several times.
+        """
+        if self.keys.size:
+            keys = np.concatenate([self.keys, keys])
+            counts = np.concatenate([self.counts, counts])
+            order = np.argsort(keys, kind="stable")
+            keys, counts = keys[order], counts[order]
         apart = keys[1:] ^ keys[:-1]  # neighbours share a bin once all bits of it are dropped
 
         def fits(drop: int) -> bool:
@@ -82,8 +86,8 @@ class Sketch:
 
         drop = bisect.bisect_left(range(63), True, key=fits)
         self.level += drop
-        keys >>= drop
-        firsts = np.flatnonzero(np.diff(keys, prepend=keys[:1] - 1))
+        keys = keys >> drop
+        firsts = np.flatnonzero(np.r_[1, apart >> drop]) if keys.size else np.zeros(0, np.int64)
         self.keys = keys[firsts]
         self.counts = np.add.reduceat(counts, firsts) if firsts.size else counts
 

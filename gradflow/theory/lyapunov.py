@@ -90,7 +90,8 @@ def _weight_covariance(
         return scale * total
 
     noise = scale * h * data.own()
-    size = jnp.linalg.norm(noise)
+    norm = jnp.linalg.norm(noise)
+    silent, size = norm == 0.0, jnp.where(norm == 0.0, 1.0, norm)
     stable = law.is_stable(minima_sharpness(weights, loss.root))
     target = jnp.where(stable, noise / size * noise.shape[0], jnp.nan)  # NaN ends the iteration
     options: Any = {"norm": _root_mean_square, "max_steps": MOST_STEPS}
@@ -98,7 +99,7 @@ def _weight_covariance(
     tags = frozenset() if fed else lx.positive_semidefinite_tag
     operator = lx.FunctionLinearOperator(equation, target, tags)
     u = lx.linear_solve(operator, target, solver, throw=False).value
-    u = 0.5 * (u + u.T)
+    u = jnp.where(silent & stable, 0.0, 0.5 * (u + u.T))
     solved = _root_mean_square(equation(u) - target) <= ACCEPTED
     w = scale * u * size / noise.shape[0]
     return jnp.where(solved & _is_covariance(w), w, jnp.nan), kernel
@@ -119,7 +120,9 @@ def _times(x: Float[Array, "outputs outputs"], kernel: Kernel) -> Float[Array, "
 
 def _is_covariance(w: Float[Array, "outputs outputs"]) -> Array:
     """Whether no eigenvalue is below `NEGATIVE` times the norm, by a Cholesky factorisation."""
-    shifted = w - NEGATIVE * jnp.linalg.norm(w) * jnp.eye(len(w), dtype=w.dtype)
+    norm = jnp.linalg.norm(w)
+    shift = -NEGATIVE * jnp.where(norm == 0.0, 1.0, norm)
+    shifted = w + shift * jnp.eye(len(w), dtype=w.dtype)
     return jnp.all(jnp.isfinite(jnp.linalg.cholesky(shifted)))
 
 

@@ -82,6 +82,16 @@ def test_balanced_layers_of_whitened_data(drift):
     close(drift(problem, layers, h), expected)
 
 
+@pytest.mark.parametrize("silent", [gf.InputNoise(0.0), gf.LabelNoise(0.0)])
+def test_noise_of_no_strength_does_not_drift(silent, drift):
+    c = case("2-3-2")
+    problem = gf.Problem(c.problem.data, [silent])
+    top = oracle.top_curvature(c.layers, c.s)
+    assert not np.any(drift(problem, c.layers, 0.5 / top))
+    if isinstance(silent, gf.InputNoise):
+        assert np.all(np.isnan(drift(problem, c.layers, 2.5 / top)))
+
+
 def test_noise_inside_a_large_network_is_refused(monkeypatch):
     monkeypatch.setattr("gradflow.theory.normal_response.LARGEST_DECOMPOSED", 3)
     c = case("2-3-2")
