@@ -30,6 +30,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 
+# Tests of one file share compiled programs, so they go to one process.
+BY_FILE := -n $(WORKERS) --dist loadfile --durations 10
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -46,7 +49,7 @@ study: $(VENV)/.installed ## Install gradflow into .venv and run the default stu
 
 .PHONY: test
 test: $(VENV)/.installed-test ## Install with the test dependencies and run the tests in parallel
-	$(PYTEST) -n $(WORKERS) --durations 10 $(PYTEST_ARGS)
+	$(PYTEST) $(BY_FILE) $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/.installed-test ## Run the long tests that `make test` leaves out
@@ -54,11 +57,11 @@ test-slow: $(VENV)/.installed-test ## Run the long tests that `make test` leaves
 
 .PHONY: test-latest
 test-latest: $(VENV_LATEST)/.installed-test ## Run the tests on the newest Python with the newest dependencies
-	$(VENV_LATEST)/bin/python -m pytest -n $(WORKERS) --durations 10 $(PYTEST_ARGS)
+	$(VENV_LATEST)/bin/python -m pytest $(BY_FILE) $(PYTEST_ARGS)
 
 .PHONY: test-lowest
 test-lowest: $(VENV_LOWEST)/.installed-test ## Run the tests with the oldest dependencies that pyproject.toml admits
-	$(VENV_LOWEST)/bin/python -m pytest -n $(WORKERS) --durations 10 $(PYTEST_ARGS)
+	$(VENV_LOWEST)/bin/python -m pytest $(BY_FILE) $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.installed-dev ## Check style, formatting and types

@@ -211,6 +211,7 @@ def integrate(
     # takes as long as a step of a small equation; for a constant the compiler does it.
     length = stop - start
     moves = length > 0.0
+    unit = jnp.where(moves, length, 1.0)  # of solver time; nothing is divided by 0
 
     def solve(state: Any, first_step: Scalar) -> tuple[Any, Scalar]:
         state, restore = _flattened(state)
@@ -220,7 +221,7 @@ def integrate(
             return _flattened(jax.tree.map(lambda v: length * v, velocity))[0]
 
         pid = diffrax.PIDController(rtol, atol, pcoeff=PROPORTIONAL, icoeff=INTEGRAL)
-        controller = ResumableController(pid, jnp.where(moves, first_step / length, 1.0))
+        controller = ResumableController(pid, first_step / unit, origin=start / unit)
         solution = diffrax.diffeqsolve(
             _terms(solver, scaled_field),
             solver,
@@ -237,9 +238,8 @@ def integrate(
         )
         _, planned = cast(tuple[Any, Scalar], solution.controller_state)
         good = solution.result == diffrax.RESULTS.successful
-        reached = jax.tree.map(lambda y: jnp.where(good, y[0], jnp.nan), solution.ys)
-        end = jax.tree.map(lambda y1, y0: jnp.where(moves, y1, y0), reached, state)
-        return restore(end), jnp.where(moves, length * planned, first_step)
+        end = jax.tree.map(lambda y: jnp.where(good, y[0], jnp.nan), solution.ys)
+        return restore(end), length * planned
 
     def of_group(group: tuple[Any, Array]) -> tuple[Any, Array]:
         if group[1].shape[0] > 1:
@@ -255,7 +255,8 @@ def integrate(
         lambda y: field(start, y, problem), jax.tree.map(lambda y: y[..., 0], states)
     ):
         few = decomposed_together(tuple(jax.tree.leaves(states)))
-    return in_groups(of_group, (states, first_steps), few)
+    here = (states, first_steps)
+    return jax.lax.cond(moves, lambda: in_groups(of_group, here, few), lambda: here)
 
 
 def _flattened(state: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -32,15 +32,24 @@ class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
     **Arguments:**
 
     - `controller`: any adaptive diffrax controller.
-    - `first_step`: length of the first step, in flow time; 0 lets the controller choose.
+    - `first_step`: length of the first step, in solver time; 0 lets the controller choose.
+    - `origin`: what to add to solver time before rounding errors of it are taken; for a time that
+        starts anew at 0 in every link.
     """
 
     controller: diffrax.AbstractAdaptiveStepSizeController
     first_step: Scalar
+    origin: Scalar | float
 
-    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController, first_step: Scalar):
+    def __init__(
+        self,
+        controller: diffrax.AbstractAdaptiveStepSizeController,
+        first_step: Scalar,
+        origin: Scalar | float = 0.0,
+    ):
         self.controller = controller
         self.first_step = first_step
+        self.origin = origin
 
     @property
     def rtol(self):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -103,7 +112,7 @@ class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
         overflow = jnp.isnan(next_t1)
         next_t1 = jnp.where(overflow, next_t0 + SHRINK * (t1 - t0), next_t1)
         # Rounding keeps time from advancing, or a rejected step from being shorter; or a NaN.
-        rounding = SHORTEST * jnp.finfo(next_t1.dtype).eps * jnp.abs(next_t0)
+        rounding = SHORTEST * jnp.finfo(next_t1.dtype).eps * jnp.abs(self.origin + next_t0)
         shorter = (next_t1 < t1) & (next_t1 - next_t0 > rounding)
         moves = (next_t1 > next_t0) & (keep | shorter)
         result = diffrax.RESULTS.where(moves, result, diffrax.RESULTS.dt_min_reached)

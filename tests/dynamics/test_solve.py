@@ -47,7 +47,7 @@ def test_a_sweep_is_one_program():
 def test_can_be_differentiated():
     """Depth 2, one number a layer, target 1: the derivative of the end with respect to w_1(0)."""
     problem = gf.Problem(gf.Regression.whitened([[1.0]]))
-    flow, times = gf.GradientFlow(1e-11, 1e-13), jnp.array([0.4, 1.0])
+    flow, times = gf.GradientFlow(1e-11, 1e-13), jnp.array([0.0, 0.4, 1.0])
 
     def product(first: Scalar) -> Scalar:
         net = gf.DeepLinear([first[None, None], [[0.4]]])
@@ -88,12 +88,35 @@ def test_a_time_may_come_twice(flow: gf.AbstractDynamics):
         np.testing.assert_allclose(b[::2], a, rtol=0.0, atol=1e-9)
 
 
+def test_a_time_that_is_reached_costs_nothing():
+    """Of a field that says when it is evaluated; the velocities of a slow flow take seconds."""
+    seen: list[float] = []
+
+    def field(t: Any, y: Any, problem: Any) -> Any:
+        jax.debug.callback(lambda t: seen.append(float(t)), t)
+        return -y
+
+    rtol, planned = jnp.array(1e-8), jnp.array([0.3])
+    for stop in (0.5, 0.7):
+        end, after = integrate(
+            field, gf.solvers.DormandPrince853(), rtol, rtol, PROBLEM, jnp.ones((1, 1)), planned,
+            jnp.array(0.5), jnp.array(stop),
+        )  # fmt: skip
+        jax.effects_barrier()
+        if stop == 0.5:
+            assert not seen
+            assert (end.item(), after.item()) == (1.0, 0.3)
+    assert min(seen) == 0.5
+    assert 0.69 < max(seen) < 0.7 + 1e-12
+
+
 def test_the_derivative_by_a_saved_time_is_the_velocity():
     flow = gf.GradientFlow(1e-11, 1e-13)
     stop = jnp.array(0.7)
 
     def end(stop: Scalar) -> tuple[Array, ...]:
-        return tuple(w[-1] for w in flow.solve(PROBLEM, NET, jnp.stack([0.4 * stop, stop])))
+        times = jnp.stack([0.0 * stop, 0.4 * stop, stop])
+        return tuple(w[-1] for w in flow.solve(PROBLEM, NET, times))
 
     layers, velocity = jax.jit(lambda t: (end(t), jax.jacrev(end)(t)))(stop)
     w1, w2 = (np.asarray(w) for w in layers)

@@ -129,3 +129,22 @@ def test_nan_ends_a_solve_at_once():
 @pytest.mark.parametrize("name", ["rtol", "atol", "norm"])
 def test_shows_the_tolerances_of_the_controller_inside(name: str):
     assert getattr(controller(), name) == getattr(controller().controller, name)
+
+
+@pytest.mark.parametrize(("origin", "most"), [(1.0, 30), (1e-100, 250)])
+def test_gives_up_where_rounding_would_hide_a_step(origin: float, most: int):
+    """In a field without numbers steps shrink fivefold down to 256 roundings of the time."""
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: jnp.full_like(y, jnp.nan)),
+        diffrax.Tsit5(),
+        0.0,
+        1.0,
+        None,
+        jnp.ones(1),
+        stepsize_controller=ResumableController(
+            diffrax.PIDController(rtol=1e-8, atol=1e-10), jnp.asarray(1.0), origin
+        ),
+        throw=False,
+    )
+    assert solution.result == diffrax.RESULTS.dt_min_reached
+    assert int(solution.stats["num_steps"]) < most
