@@ -152,4 +152,5 @@ def test_a_field_that_depends_on_time_is_integrated_over_the_time_asked_for(size
         ).y[:, -1]
         for part, expected in zip(states, exact, strict=True):
             np.testing.assert_allclose(part[:, path], expected, rtol=0.0, atol=1e-9)
-    assert np.all(planned > 0.5 * before), "a short link must not shorten what comes next"
+    # A short link neither shortens nor lengthens what comes next.
+    assert np.all((0.5 * before < planned) & (planned < 3.0 * before))
