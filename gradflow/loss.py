@@ -34,6 +34,11 @@ def push_forward(weights: Weights, tangent: Weights) -> EndToEnd:
     return jax.jvp(end_to_end, (weights,), (tangent,))[1]
 
 
+def second_moment(data: Regression, variance: ArrayLike) -> Float[Array, "d_in d_in"]:
+    r"""$S_{xx} + \sigma^2 I$, that of inputs with noise of the given variance."""
+    return data.sxx + variance * jnp.eye(data.d_in, dtype=data.sxx.dtype)
+
+
 def on_inputs(p: EndToEnd, data: Regression, variance: ArrayLike = 0.0) -> EndToEnd:
     r"""$P (S_{xx} + \sigma^2 I)$, with noise of the given variance on the inputs.
 
@@ -41,7 +46,7 @@ def on_inputs(p: EndToEnd, data: Regression, variance: ArrayLike = 0.0) -> EndTo
     """
     if data.is_white:
         return _on_white(p, data.sxx) + variance * p
-    return product(p, data.sxx + variance * jnp.eye(data.d_in, dtype=data.sxx.dtype))
+    return product(p, second_moment(data, variance))
 
 
 @jax.custom_jvp

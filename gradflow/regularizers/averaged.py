@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gradflow.data import Regression
-from gradflow.loss import moment_loss, on_inputs, pull_back
+from gradflow.loss import moment_loss, on_inputs, pull_back, second_moment
 from gradflow.network import end_to_end
 from gradflow.products import product
 from gradflow.regularizers.base import (
@@ -33,7 +33,7 @@ def input_moment(
     data: Regression, regularizers: Sequence[AbstractRegularizer]
 ) -> Float[Array, "d_in d_in"]:
     r"""The second moment of the perturbed inputs, $S_0 = S_{xx} + \sigma^2 I$."""
-    return data.sxx + input_variance(regularizers) * jnp.eye(data.d_in, dtype=data.sxx.dtype)
+    return second_moment(data, input_variance(regularizers))
 
 
 def layer_noises(
