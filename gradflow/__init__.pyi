@@ -75,7 +75,12 @@ from .regularizers import (
     WeightDecay as WeightDecay,
     WeightNoise as WeightNoise,
 )
-from .simulate import repeat as repeat, simulate as simulate
+from .simulate import (
+    IncompleteWarning as IncompleteWarning,
+    InterruptedWarning as InterruptedWarning,
+    repeat as repeat,
+    simulate as simulate,
+)
 from .solvers import GaussLegendre as GaussLegendre
 from .streams import Normals as Normals
 from .trajectory import Trajectory as Trajectory

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from gradflow.observables import Observable
-from gradflow.record import AbstractRecord, PathRecord, Saved, StatisticsRecord
+from gradflow.record import AbstractRecord, PathRecord, StatisticsRecord
 from gradflow.schedule import Schedule
 from gradflow.tally import Tally
 
@@ -24,9 +24,18 @@ def labelled(
     time = plan.time[: record.times]
     if isinstance(record, StatisticsRecord):
         variables, own = _of_statistics(record.tally, observables, depth, quantiles)
+        if record.incomplete:
+            given_up = record.gave_up(time)
+            axes, ended, attributes = variables["diverged"]
+            variables["diverged"] = (axes, ended - given_up, attributes)
+            variables["incomplete"] = (
+                ("time",),
+                given_up,
+                {"long_name": "paths that were given up before", "units": "1"},
+            )
     else:
         assert isinstance(record, PathRecord)
-        variables, own = _of_paths(record.finished(), time, observables, depth, replica_axis)
+        variables, own = _of_paths(record, time, observables, depth, replica_axis)
     coords: dict[str, Any] = {
         "time": ("time", time, {"units": "flow time", "long_name": "flow time t"})
     }
@@ -46,13 +55,14 @@ def _axes(observable: Observable, count: int, depth: int) -> tuple[str, ...]:
 
 
 def _of_paths(
-    saved: Saved,
+    record: PathRecord,
     time: np.ndarray,
     observables: Sequence[Observable],
     depth: int,
     replica_axis: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The variables and coordinates of a trajectory."""
+    saved = record.finished()
     alive = saved.alive
     lead = ("replica", "time") if replica_axis else ("time",)
 
@@ -74,6 +84,16 @@ def _of_paths(
             {"long_name": f"weights of layer {i}", "units": "weight"},
         )
     gone = np.where(alive.all(axis=1), np.nan, time[np.argmin(alive, axis=1)])
+    if record.incomplete:
+        reached = np.full(gone.shape, np.nan)
+        for path, (stopped, _) in record.incomplete.items():
+            reached[path] = stopped
+        gone[np.isfinite(reached)] = np.nan
+        variables["incomplete_at"] = (
+            ("replica",) if replica_axis else (),
+            reached if replica_axis else reached[0],
+            {"long_name": "flow time at which the replica was given up", "units": "flow time"},
+        )
     variables["diverged_at"] = (
         ("replica",) if replica_axis else (),
         gone if replica_axis else gone[0],

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from gradflow.dynamics.base import End
 from gradflow.memory import host_memory
 from gradflow.tally import Tally
 
@@ -28,7 +29,8 @@ class Saved(NamedTuple):
 class AbstractRecord(abc.ABC):
     """What a run has kept so far: of the first `paths` paths at the first `times` saved times.
 
-    `end` says when and why a path stopped, if one did and its dynamics can tell.
+    `end` says when and why a path stopped, if one did and its dynamics can tell. `incomplete` are
+    the paths that had to be given up, by their numbers: at which flow time, and why.
     """
 
     total: int
@@ -36,11 +38,22 @@ class AbstractRecord(abc.ABC):
     paths: int = 0
     times: int = 0
     end: str | None = None
+    incomplete: dict[int, tuple[float, End]] = field(default_factory=dict)
+
+    def ends(self, paths: slice, time: np.ndarray, end: np.ndarray) -> None:
+        """Note which paths have been given up, of those of a chunk."""
+        for i in np.flatnonzero((end != End.NONE) & (end != End.DIVERGED)):
+            self.incomplete[paths.start + int(i)] = float(time[i]), End(int(end[i]))
+
+    def gave_up(self, times: np.ndarray) -> np.ndarray:
+        """How many paths are incomplete at each of some flow times."""
+        reached = np.array([time for time, _ in self.incomplete.values()])
+        return np.sum(reached[None] < times[:, None], axis=1)
 
     @property
     @abc.abstractmethod
     def lost(self) -> int:
-        """How many paths have diverged by the last time."""
+        """How many paths have ended by the last time."""
 
     @abc.abstractmethod
     def write(self, rows: Saved, count: int, paths: slice, first_time: int) -> None:
@@ -75,7 +88,7 @@ class PathRecord(AbstractRecord):
 
     @property
     def lost(self) -> int:
-        """How many paths have diverged by the last time."""
+        """How many paths have ended by the last time."""
         return int((~self.finished().alive[:, -1]).sum())
 
     def finished(self) -> Saved:
@@ -105,7 +118,7 @@ class StatisticsRecord(AbstractRecord):
 
     @property
     def lost(self) -> int:
-        """How many paths have diverged by the last time."""
+        """How many paths have ended by the last time."""
         return self.tally.lost[-1]
 
     def write(self, rows: Saved, count: int, paths: slice, first_time: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int, Num, UInt32
 
 from gradflow.devices import Devices, along_last
-from gradflow.dynamics.base import AbstractDynamics, State, begun, block_length
+from gradflow.dynamics.base import AbstractDynamics, End, State, begun, block_length
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.network import widths_of
 from gradflow.observables import Observable, observe
@@ -28,6 +28,9 @@ SLICE_SECONDS = 0.25
 
 GROWTH = 64
 """Factor by which a slice may do more than the one before it."""
+
+FIRST_STEPS = 16
+"""Steps of an adaptive dynamics in the first slices."""
 
 MOST_ROWS = 256
 """Most saved times of a slice."""
@@ -60,6 +63,7 @@ class Runner:
         self._gridded = plan.marks.dtype.kind == "i"
         self._report = report
         self._pace: _Pace | None = None
+        self._steps = _Pace(FIRST_STEPS)
         self._record = record
         self._shapes = shapes
 
@@ -67,7 +71,7 @@ class Runner:
         """Record some paths; `weights` may have more, which the devices take to equal parts."""
         problem, dynamics, observables, keep_weights = self._moving
         marks, record = self._marks, self._record
-        size = weights[0].shape[-1]
+        size, width = weights[0].shape[-1], paths.stop - paths.start
         devices = Devices.sharing(size)
         block = block_length(self._shapes, size)
         state = begun(dynamics, problem, weights, self._shapes, block)
@@ -78,30 +82,44 @@ class Runner:
             dynamics, problem, source, observables, keep_weights, block, devices, layout
         )
         pace = self._pace = self._pace or _Pace(block if self._gridded else 1)
+        steps = self._steps
         state = devices.placed(state, layout)
+        rows = _Rows(size)
         position, times = marks[0], 0
         while times < marks.size:
             ends, count = self._following(position, times, pace.amount)
+            limits = ends, np.asarray(count), np.asarray(steps.amount)
             began = time.monotonic()
-            state, rows = jax.block_until_ready(
-                _run_slice((moving, ends, np.asarray(count)), state)
+            state, some, saved = jax.block_until_ready(
+                _run_slice((moving, *limits), (state, rows.ahead))
             )
-            count = min(count, rows.alive.shape[0])
-            reached = ends[max(count, 1)]
-            amount = int(reached - position) if self._gridded else count
-            pace.learn(amount, time.monotonic() - began)
-            record.write(rows, count, paths, times)
-            position, times = reached, times + count
+            rows.take(some, np.asarray(saved))
+            done = rows.complete
+            position = ends[max(done, 1) if self._gridded else done]
+            seconds = time.monotonic() - began
+            amount = int(position - ends[0]) if self._gridded else done
+            if amount:
+                pace.learn(amount, seconds)
+            reached = position
+            if state.progress is not None:
+                progress = jax.tree.map(lambda x: np.asarray(x)[:width], state.progress)
+                record.ends(paths, progress.time, progress.end)
+                steps.learn(steps.amount - int(progress.allowed.min()), seconds)
+                going = progress.time[progress.end == End.NONE]
+                reached = max(position, going.min(initial=marks[-1]))
+            record.write(rows.held, done, paths, times)
+            rows.drop(done)
+            times += done
             if self._report is not None:
-                width = paths.stop - paths.start
-                done = paths.start + position / marks[-1] * width
-                rate = pace.message(width) if self._gridded else f"t = {position:.3g}"
-                self._report(float(done / record.total), 1.0, rate)
+                share = paths.start + reached / marks[-1] * width
+                rate = pace.message(width) if self._gridded else f"t = {reached:.3g}"
+                self._report(float(share / record.total), 1.0, rate)
         record.paths = paths.stop
-        alive = np.isfinite(state.weights[0][0, 0])[: paths.stop - paths.start]
-        lost = np.flatnonzero(~alive)
-        if isinstance(dynamics, SlowFlow) and lost.size and record.end is None:
-            record.end = dynamics.why_ended(problem, state, int(lost[0]), marks[-1])
+        lost = np.flatnonzero(~np.isfinite(state.weights[0][0, 0])[:width])
+        if isinstance(dynamics, SlowFlow):
+            lost = lost[np.asarray(state.progress.end)[lost] == End.DIVERGED]
+            if lost.size and record.end is None:
+                record.end = dynamics.why_ended(problem, state, int(lost[0]), marks[-1])
 
     def _following(self, position: Any, times: int, amount: int) -> tuple[np.ndarray, int]:
         """Where a slice starts and the ends it goes to, and how many of them are saved.
@@ -171,41 +189,102 @@ class _Moving(eqx.Module):
 @eqx.filter_jit(  # pyright: ignore[reportCallIssue]
     donate="all-except-first", compiler_options=COMPILER
 )
-def _run_slice(fixed: tuple[_Moving, Any, Any], state: State) -> tuple[State, Saved]:
+def _run_slice(
+    fixed: tuple[_Moving, Any, Any, Any], moved: tuple[State, Any]
+) -> tuple[State, Saved, Array]:
     """Go to `count` ends and save as many of them as there is memory for; to one end for 0.
 
-    Every device goes by itself with its part of the paths.
+    Every device goes by itself with its part of the paths, from the end up to which it is `ahead`
+    already. An adaptive dynamics gets as far as `steps` steps take it.
+
+    **Returns:** the state, what was saved, and how many ends the device of every path has saved.
     """
-    moving, ends, count = fixed
+    moving, ends, count, steps = fixed
+    state, ahead = moved
 
-    def go(state: State, paths: Array) -> tuple[State, Saved]:
-        return _go(moving.on_one_device(paths), ends, count, state)
+    def go(state: State, ahead: Array, paths: Array) -> tuple[State, Saved, Array]:
+        return _go(moving.on_one_device(paths), ends, count, steps, state, ahead)
 
-    def layouts(shapes: tuple[State, Saved]) -> tuple[State, Saved]:
-        return moving.layout, jax.tree.map(lambda leaf: along_last(leaf.ndim), shapes[1])
+    def layouts(shapes: Any) -> Any:
+        return moving.layout, *jax.tree.map(lambda leaf: along_last(leaf.ndim), shapes[1:])
 
-    run = moving.devices.each(go, (moving.layout, along_last(1)), layouts)
-    return run(state, moving.source.paths)
+    run = moving.devices.each(go, (moving.layout, along_last(1), along_last(1)), layouts)
+    return run(state, ahead, moving.source.paths)
 
 
 def _go(
-    moving: _Moving, ends: Num[Array, " ends"], count: Int[Array, ""], state: State
-) -> tuple[State, Saved]:
+    moving: _Moving,
+    ends: Num[Array, " ends"],
+    count: Int[Array, ""],
+    steps: Int[Array, ""],
+    state: State,
+    ahead: Int[Array, " paths"],
+) -> tuple[State, Saved, Array]:
     """The part of one device in a slice."""
+    if state.progress is not None:
+        allowed = jnp.full_like(state.progress.allowed, steps)
+        state = eqx.tree_at(lambda s: s.progress.allowed, state, allowed)
     saved = jax.jit(lambda weights: moving.saved(weights))  # traced once
     row = jax.eval_shape(saved, state.weights)
     row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
     most = int(np.clip(ROW_BYTES // max(row_bytes, 1), 1, MOST_ROWS))
     rows = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), row)
 
-    def go(i: Array, carry: tuple[State, Saved]) -> tuple[State, Saved]:
-        state, rows = carry
-        state = moving.advance(state, ends[i], ends[i + 1])
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), row)
-        now = jax.lax.cond(i < count, saved, lambda _: nothing, state.weights)
-        return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), rows, now)
+    last = jnp.clip(count, 1, most)
 
-    return jax.lax.fori_loop(0, jnp.clip(count, 1, most), go, (state, rows))
+    def unfinished(carry: tuple[Array, Array, State, Saved]) -> Array:
+        i, arrives, _, _ = carry
+        return arrives & (i < last)
+
+    def go(carry: tuple[Array, Array, State, Saved]) -> tuple[Array, Array, State, Saved]:
+        i, _, state, rows = carry
+        state = moving.advance(state, ends[i], ends[i + 1])
+        arrives = jnp.array(True)
+        if state.progress is not None:
+            arrives = ~jnp.any(state.progress.on_the_way(ends[i + 1]))
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), row)
+        now = jax.lax.cond(arrives & (i < count), saved, lambda _: nothing, state.weights)
+        rows = jax.tree.map(lambda all_, one: all_.at[i].set(one), rows, now)
+        return i + arrives.astype(i.dtype), arrives, state, rows
+
+    i, _, state, rows = jax.lax.while_loop(unfinished, go, (ahead[0], jnp.array(True), state, rows))
+    return state, rows, jnp.full_like(ahead, jnp.where(count > 0, i, 0))
+
+
+class _Rows:
+    """What has been saved of a window of times that some devices have gone through further.
+
+    - `ahead`: how many of these times the device of every path has saved, `(R,)`.
+    - `held`: the rows of them, filled where they are.
+    """
+
+    def __init__(self, paths: int):
+        self.ahead = np.zeros(paths, np.int32)
+        self.held: Any = None
+
+    @property
+    def complete(self) -> int:
+        """How many times all devices have saved."""
+        return int(self.ahead.min())
+
+    def take(self, rows: Saved, saved: np.ndarray) -> None:
+        """Add what a slice has saved: of every path the times from `ahead` up to `saved`."""
+        if np.any(self.ahead):
+            row = np.arange(rows.alive.shape[0])[:, None]
+            new = (self.ahead <= row) & (row < saved)
+
+            def joined(held: Any, more: Any) -> np.ndarray:
+                where = new.reshape(new.shape[0], *[1] * (more.ndim - 2), new.shape[1])
+                return np.where(where, np.asarray(more), np.asarray(held))
+
+            rows = jax.tree.map(joined, self.held, rows)
+        self.held, self.ahead = rows, saved
+
+    def drop(self, count: int) -> None:
+        """Forget the first times of the window."""
+        self.ahead = self.ahead - np.int32(count)
+        if np.any(self.ahead):
+            self.held = jax.tree.map(lambda x: np.roll(np.asarray(x), -count, axis=0), self.held)
 
 
 class _Pace:

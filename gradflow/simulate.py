@@ -39,6 +39,10 @@ class InterruptedWarning(UserWarning):
     """A run was stopped before its end; what was done is kept."""
 
 
+class IncompleteWarning(UserWarning):
+    """Paths had to be given up before the end of a run; what was done is kept."""
+
+
 @overload
 def simulate(
     problem: Problem,
@@ -192,10 +196,20 @@ def simulate(
     dataset = labelled(record, plan, chosen, len(layers), replica_axis, quantiles)
     done = record.paths
     if record.end is not None:
+        lost = record.lost - len(record.incomplete)
         warnings.warn(
-            f"{type(dynamics).__name__}: {record.lost} of {done} paths ended before t = "
+            f"{type(dynamics).__name__}: {lost} of {done} paths ended before t = "
             f"{plan.time[-1]:g}; one of them at {record.end}.",
             RuntimeWarning,
+            stacklevel=2,
+        )
+    if record.incomplete:
+        reached, why = min(record.incomplete.values())
+        warnings.warn(
+            f"{type(dynamics).__name__}: {len(record.incomplete)} of {done} paths are incomplete, "
+            f"and NaN after that; the first of them was given up at t = {reached:.6g} of "
+            f"{plan.time[-1]:g}, where {why.sentence}.",
+            IncompleteWarning,
             stacklevel=2,
         )
     if interrupted:

@@ -14,7 +14,8 @@ class Trajectory(AbstractOutcome):
     Dimensions: `replica` (if replicas were asked for), `time`, `layer`, `width_0..width_N`.
     Variables: every observable by name, the layers `W1..WN` if stored, and `diverged_at`, the
     first saved flow time at which a replica had diverged (NaN if it did not). Values of a diverged
-    replica are NaN from then on.
+    replica are NaN from then on, and those of one that was given up: then there is
+    `incomplete_at`, the flow time that it had reached.
     """
 
     kind: ClassVar[str] = "trajectory"
@@ -23,6 +24,8 @@ class Trajectory(AbstractOutcome):
         kind = self.attrs["dynamics_kind"]
         replicas = "" if self.replicas is None else f", {self.replicas} replicas"
         status = ", interrupted" if self.interrupted else ""
+        if self.incomplete.any():
+            status += ", incomplete"
         observables = [v for v in self._dataset.data_vars if not str(v).startswith("W")]
         return (
             f"Trajectory({kind}, {self.time.size} times to t = {self.time[-1]:g}{replicas}{status};"
@@ -38,6 +41,13 @@ class Trajectory(AbstractOutcome):
     def diverged(self) -> np.ndarray:
         """Which replicas diverged, boolean `(R,)` (shape `()` for a single path)."""
         return np.asarray(np.isfinite(self._dataset["diverged_at"].values))
+
+    @property
+    def incomplete(self) -> np.ndarray:
+        """Which replicas were given up before the end, boolean `(R,)` (`()` for a single path)."""
+        if "incomplete_at" not in self._dataset:
+            return np.zeros_like(self.diverged)
+        return np.asarray(np.isfinite(self._dataset["incomplete_at"].values))
 
     @property
     def weights(self) -> tuple[np.ndarray, ...]:

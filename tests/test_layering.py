@@ -115,6 +115,9 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "flattest",
     ),
     "solvers": (
+        "relative_errors",
+        "rest",
+        "resumable",
         "collocation",
         "krylov",
         "stage_equations",

@@ -1,6 +1,7 @@
 """What a dynamics is, and how an ensemble is stepped in blocks of noise."""
 
 import abc
+import enum
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -36,10 +37,67 @@ ACCELERATOR_BYTES = 2**31
 CPU_STEPS = 2
 """Steps of numbers in a turn of the loop on a CPU."""
 
+MAX_STEPS = 100_000_000
+"""Solver steps of a path before it is given up as incomplete."""
+
 ACCELERATOR_STEPS = 16
 """Steps of scalar networks written out one after the other on an accelerator: they become one
 kernel. With a kernel and a turn of a loop for each, 10^5 paths take 13 us a step on an H100, with
 16 of them 2.9 us."""
+
+
+class End(enum.IntEnum):
+    """Why a path has ended before the run."""
+
+    NONE = 0
+    DIVERGED = 1
+    STEP_LIMIT = 2
+    COLLAPSE = 3
+
+    @property
+    def sentence(self) -> str:
+        """What happened and what to do, for a path that is incomplete."""
+        return {
+            End.STEP_LIMIT: (
+                f"the path had taken {MAX_STEPS:,} solver steps, the limit. The equation is stiff "
+                "there: an implicit solver takes longer steps (GradientFlow(stiff=True), or "
+                "solver=diffrax.Kvaerno5()), or make the run shorter"
+            ),
+            End.COLLAPSE: (
+                "its step size collapsed. The field is not smooth there, as at the kink of a "
+                "penalty: GradientDescent handles it, or smooth the penalty"
+            ),
+        }[self]
+
+
+class Progress(eqx.Module):
+    """What an adaptive dynamics says of every path; every array is `(R,)`.
+
+    - `time`: the flow time reached.
+    - `steps`: steps of the solver, or cells of a random motion, since the start.
+    - `allowed`: how many more of them may be taken in this call; a call is short, so that the host
+        can look at the keyboard.
+    - `end`: why the path has ended, one of `End`.
+    """
+
+    time: Float[Array, " paths"]
+    steps: Int[Array, " paths"]
+    allowed: Int[Array, " paths"]
+    end: Int[Array, " paths"]
+
+    @classmethod
+    def at_start(cls, paths: int) -> "Progress":
+        """That of paths at flow time 0."""
+        counts = jnp.zeros((paths,), jnp.int32)
+        return cls(jnp.zeros((paths,)), counts, jnp.copy(counts), jnp.copy(counts))
+
+    def on_the_way(self, stop: Array) -> Bool[Array, " paths"]:
+        """Which paths have neither ended nor reached flow time `stop`."""
+        return (self.end == End.NONE) & (self.time < stop)
+
+    def may_move(self, stop: Array) -> Bool[Array, " paths"]:
+        """Which of these may take another step in this call."""
+        return self.on_the_way(stop) & (self.allowed > 0)
 
 
 class State(eqx.Module):
@@ -49,12 +107,14 @@ class State(eqx.Module):
     - `memory`: what else the dynamics needs: velocities, the next step length.
     - `noise`: the current block of random numbers, `(K, ..., R)`.
     - `limit`: the squared norm at which a replica counts as diverged, `(R,)`.
+    - `progress`: how far every path has come; None for a dynamics that always arrives.
     """
 
     weights: Weights
     memory: Any
     noise: Any
     limit: Float[Array, " paths"]
+    progress: Progress | None = None
 
 
 class AbstractDynamics(eqx.Module):
@@ -98,7 +158,10 @@ class AbstractDynamics(eqx.Module):
         source: Source,
         block: int,
     ) -> State:
-        """The state at mark `stop`, from that at mark `start`."""
+        """The state at mark `stop`, from that at mark `start`.
+
+        A dynamics with a `progress` goes no further than it allows; it is then called again.
+        """
 
 
 def over_paths(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,4 +294,5 @@ def begun(
     def empty(leaf: Any) -> Array:
         return jnp.zeros((block, *leaf.shape, paths), leaf.dtype)
 
-    return State(state.weights, state.memory, jax.tree.map(empty, shapes), state.limit)
+    noise = jax.tree.map(empty, shapes)
+    return State(state.weights, state.memory, noise, state.limit, state.progress)

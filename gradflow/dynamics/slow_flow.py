@@ -11,11 +11,25 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, UInt32
 
 from gradflow.decompositions import decomposed_together
-from gradflow.dynamics.base import AbstractDynamics, State, bury, divergence_limit, over_paths
+from gradflow.dynamics.base import (
+    AbstractDynamics,
+    End,
+    Progress,
+    State,
+    divergence_limit,
+    is_alive,
+    over_paths,
+)
 from gradflow.dynamics.modified_flow import is_reshuffled
-from gradflow.dynamics.ode import checked_tolerances, chosen_solver, integrate
+from gradflow.dynamics.ode import (
+    SolverMemory,
+    advance_a_little,
+    checked_tolerances,
+    chosen_solver,
+    integrate,
+)
 from gradflow.dynamics.settings import Decay, checked_decay, checked_momentum, checked_step_size
-from gradflow.dynamics.slow_sde import advance_in_cells, noise_square_rates
+from gradflow.dynamics.slow_sde import advance_in_cells, cells_before, noise_square_rates
 from gradflow.geometry.base import check_double, output_loss
 from gradflow.geometry.curvature import minima_sharpness
 from gradflow.geometry.kernel import kernel_at
@@ -59,13 +73,13 @@ class EdgeOfStabilityWarning(UserWarning):
 class _Memory(eqx.Module):
     """What a slow flow carries beside the weights; arrays end in the path axis.
 
-    - `planned`: the length of the solver's next step.
+    - `solver`: what the solver of the deterministic motion carries.
     - `anchor`, `cell`: of the random motion, see `advance_in_cells`; None without it.
     - `before`, `since`: the weights at the last saved time but one at which the path was alive, and
         that time.
     """
 
-    planned: Float[Array, " paths"]
+    solver: SolverMemory
     anchor: Weights | None
     cell: Float[Array, " paths"] | None
     before: Weights
@@ -193,8 +207,10 @@ class SlowFlow(AbstractDynamics):
             anchor = tuple(map(jnp.copy, minima))
             cell = jnp.stack([_cell(self, problem, m) for m in distinct])[which]
         start = jnp.zeros((which.size,), minima[0].dtype)
-        memory = _Memory(start, anchor, cell, tuple(map(jnp.copy, minima)), jnp.copy(start))
-        return State(minima, memory, (), divergence_limit(minima))
+        memory = _Memory(
+            SolverMemory.at_start(minima), anchor, cell, tuple(map(jnp.copy, minima)), start
+        )
+        return State(minima, memory, (), divergence_limit(minima), Progress.at_start(which.size))
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """None: a cell draws its own."""
@@ -210,20 +226,26 @@ class SlowFlow(AbstractDynamics):
         block: int,
     ) -> State:
         """Move every path along the manifold from flow time `start` to `stop`."""
-        memory = state.memory
+        memory, progress = state.memory, state.progress
+        alive = jnp.isfinite(state.weights[0][0, 0])
+        leaves = alive & (progress.time == start)  # not on the way since an earlier call
+        before = jax.tree.map(
+            lambda now, then: jnp.where(leaves, now, then), state.weights, memory.before
+        )
+        since = jnp.where(leaves, start, memory.since)
         if memory.anchor is None:
-            weights, planned = self._integrated(problem, state.weights, memory.planned, start, stop)
+            weights, solver, progress = self._integrated(problem, state, stop)
             anchor = None
         else:
-            weights, anchor = self._wander(problem, memory, start, stop, source)
-            planned = memory.planned
-        weights = bury(weights, state.limit)
-        alive = jnp.isfinite(state.weights[0][0, 0])
-        before = jax.tree.map(
-            lambda now, then: jnp.where(alive, now, then), state.weights, memory.before
+            weights, anchor, progress = self._wander(problem, state, stop, source)
+            solver = memory.solver
+        escaped = ~is_alive(weights, state.limit) & (progress.end == End.NONE)
+        end = jnp.where(escaped | (progress.end == End.COLLAPSE), End.DIVERGED, progress.end)
+        weights = tuple(jnp.where(end == End.NONE, w, jnp.nan) for w in weights)
+        progress = eqx.tree_at(lambda p: p.end, progress, end)
+        return State(
+            weights, _Memory(solver, anchor, memory.cell, before, since), (), state.limit, progress
         )
-        since = jnp.where(alive, start, memory.since)
-        return State(weights, _Memory(planned, anchor, memory.cell, before, since), (), state.limit)
 
     def velocity(self, problem: Problem, weights: Weights) -> Weights:
         """The expected velocity of one path at weights on the manifold, one array a layer."""
@@ -276,53 +298,68 @@ class SlowFlow(AbstractDynamics):
         return self.velocity(problem, weights)
 
     def _integrated(
-        self,
-        problem: Problem,
-        weights: Weights,
-        planned: Float[Array, " paths"],
-        start: Array,
-        stop: Array,
-    ) -> tuple[Weights, Float[Array, " paths"]]:
-        """The weights at `stop`, on the manifold; NaN for a path that does not get there."""
-        loss, tolerances = output_loss(problem), (self.rtol, self.atol)
+        self, problem: Problem, state: State, stop: Array
+    ) -> tuple[Weights, SolverMemory, Progress]:
+        """The weights of every path as far as it may go, on the manifold once all are at `stop`."""
+        loss = output_loss(problem)
 
-        def of_group(group: tuple[Weights, Array]) -> tuple[Weights, Array]:
-            weights, planned = integrate(
-                self._field, self.solver, *tolerances, problem, *group, start, stop
+        def unfinished(carry: tuple[Weights, SolverMemory, Progress]) -> Array:
+            return jnp.any(carry[2].may_move(stop))
+
+        def go(
+            carry: tuple[Weights, SolverMemory, Progress],
+        ) -> tuple[Weights, SolverMemory, Progress]:
+            return advance_a_little(
+                self._field, self.solver, self.rtol, self.atol, problem, *carry, stop
             )
-            return over_paths(lambda w: retract(w, loss))(weights), planned
 
-        return in_groups(of_group, (weights, planned), decomposed_together(weights))
+        assert state.progress is not None
+        moved = (state.weights, state.memory.solver, state.progress)
+        weights, memory, progress = jax.lax.while_loop(unfinished, go, moved)
+        weights = jax.lax.cond(
+            jnp.any(progress.on_the_way(stop)),
+            lambda: weights,
+            lambda: in_groups(
+                over_paths(lambda w: retract(w, loss)), weights, decomposed_together(weights)
+            ),
+        )
+        return weights, memory, progress
 
     def _wander(
-        self,
-        problem: Problem,
-        memory: _Memory,
-        start: Array,
-        stop: Array,
-        source: Source,
-    ) -> tuple[Weights, Weights]:
-        """The weights at `stop` and the anchors before it, where the motion is random."""
-        loss = output_loss(problem)
+        self, problem: Problem, state: State, stop: Array, source: Source
+    ) -> tuple[Weights, Weights, Progress]:
+        """The weights at `stop` and the anchors before it, where the motion is random.
+
+        A path that may take no more cells stays at the anchor that it has reached.
+        """
+        loss, memory = output_loss(problem), state.memory
         size = tangential_size(problem, tuple(w[..., 0] for w in memory.before))
 
-        def one(anchor: Weights, cell: Scalar, path: UInt32[Array, ""]) -> tuple[Weights, Weights]:
-            return advance_in_cells(
+        def one(
+            anchor: Weights, cell: Scalar, progress: Progress, path: UInt32[Array, ""]
+        ) -> tuple[Weights, Weights, Progress]:
+            done, last = progress.steps, cells_before(stop, cell)
+            reached = jnp.minimum(last, done + progress.allowed)
+            weights, anchor = advance_in_cells(
                 lambda w: self.velocity(problem, w),
                 lambda w, z: self._diffusion(problem, w, z),
                 lambda w: retract(w, loss),
                 size,
                 anchor,
                 cell,
-                start,
-                stop,
+                done,
+                reached,
+                jnp.where(reached < last, reached * cell, stop),
                 source.of_path(path),
             )
+            time = jnp.where(reached < last, progress.time, stop)
+            allowed = progress.allowed - (reached - done)
+            return weights, anchor, Progress(time, reached, allowed, progress.end)
 
-        def of_group(group: tuple[Weights, Array, Array]) -> tuple[Weights, Weights]:
+        def of_group(group: tuple[Weights, Array, Progress, Array]) -> Any:
             return over_paths(one)(*group)
 
-        paths = (memory.anchor, memory.cell, source.paths)
+        paths = (memory.anchor, memory.cell, state.progress, source.paths)
         return in_groups(of_group, paths, decomposed_together(memory.before))
 
     def _diffusion(
@@ -457,5 +494,18 @@ def _is_stable(dynamics: SlowFlow, problem: Problem, minimum: Weights, step_size
 def _followed(
     dynamics: SlowFlow, problem: Problem, weights: Weights, start: Array, stop: Array
 ) -> Weights:
-    planned = jnp.zeros((weights[0].shape[-1],), weights[0].dtype)
-    return dynamics._integrated(problem, weights, planned, start, stop)[0]
+    """The weights of one path at `stop`, NaN where it does not get there."""
+    solved = integrate(
+        dynamics._field,
+        dynamics.solver,
+        dynamics.rtol,
+        dynamics.atol,
+        problem,
+        weights,
+        SolverMemory.at_start(weights),
+        start[None],
+        stop,
+    )
+    loss = output_loss(problem)
+    moved = over_paths(lambda w: retract(w, loss))(solved.states)
+    return tuple(jnp.where(solved.time >= stop, w, jnp.nan) for w in moved)

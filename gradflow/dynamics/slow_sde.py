@@ -34,11 +34,12 @@ def advance_in_cells(
     size: int,
     anchor: Weights,
     cell: Scalar,
-    start: Scalar,
+    first: Int[Array, ""],
+    last: Int[Array, ""],
     stop: Scalar,
     source: Source,
 ) -> tuple[Weights, Weights]:
-    r"""One path of $dW = a\, dt + B(W)\, d\beta$ on a manifold, from flow time `start` to `stop`.
+    r"""One path of $dW = a\, dt + B(W)\, d\beta$ on a manifold, on to flow time `stop`.
 
     Time is divided into cells of equal length $\Delta$. The path goes from the beginning of one
     cell, its `anchor`, to that of the next, and what is asked for inside a cell is reached from
@@ -48,12 +49,12 @@ def advance_in_cells(
     **Arguments:**
 
     - `size`: number of independent Brownian motions.
-    - `anchor`: the path at the last multiple of the `cell` length before `start`.
+    - `anchor`: the path at the beginning of cell number `first`, a `cell` being a flow time long.
+    - `last`: the number of the cell in which `stop` lies.
     - `source`: the random numbers of this one path.
 
     **Returns:** the weights at `stop`, and the anchor before it.
     """
-    first, last = _cells_before(start, cell), _cells_before(stop, cell)
 
     def normals(index: Int[Array, ""]) -> Float[Array, " normals"]:
         return source.at(index[None]).normals((size,))[0, :, 0]
@@ -124,7 +125,7 @@ def _moved(weights: Weights, length: Scalar, velocity: Weights, noise: Weights) 
     return added(added(weights, tuple(length * v for v in velocity)), noise)
 
 
-def _cells_before(time: Scalar, cell: Scalar) -> Int[Array, ""]:
+def cells_before(time: Scalar, cell: Scalar) -> Int[Array, ""]:
     """The number of whole cells before a time; rounding does not start a new one too late."""
     return jnp.floor(time / cell * (1.0 + 1e-12)).astype(jnp.int32)
 

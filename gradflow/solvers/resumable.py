@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from gradflow.solvers.base import AbstractWrappingController
 from gradflow.types import Scalar
 
 SHRINK = 0.1
@@ -18,7 +18,7 @@ SHORTEST = 256.0
 """Length, in units of rounding errors of time, below which a rejected step is not tried again."""
 
 
-class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
+class ResumableController(AbstractWrappingController):
     """Wraps an adaptive controller and remembers the step it would take next.
 
     A trajectory that is saved by stepping exactly to each saved time is a chain of solves. Without
@@ -50,25 +50,6 @@ class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
         self.controller = controller
         self.first_step = first_step
         self.origin = origin
-
-    @property
-    def rtol(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Relative tolerance of the wrapped controller."""
-        return self.controller.rtol
-
-    @property
-    def atol(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Absolute tolerance of the wrapped controller."""
-        return self.controller.atol
-
-    @property
-    def norm(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Error norm of the wrapped controller."""
-        return self.controller.norm
-
-    def wrap(self, direction: Any) -> "ResumableController":
-        """Pass the direction of integration on to the wrapped controller."""
-        return eqx.tree_at(lambda c: c.controller, self, self.controller.wrap(direction))
 
     def init(
         self,

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from scipy.integrate import solve_ivp
 
 import gradflow as gf
-from gradflow.dynamics.ode import MANY, integrate
+from gradflow.dynamics.ode import MANY, SolverMemory, integrate
 from gradflow.types import Scalar
 
 TIMES = np.array([0.0, 0.3, 1.0, 2.5])
@@ -96,16 +96,17 @@ def test_a_time_that_is_reached_costs_nothing():
         jax.debug.callback(lambda t: seen.append(float(t)), t)
         return -y
 
-    rtol, planned = jnp.array(1e-8), jnp.array([0.3])
+    rtol, ones = jnp.array(1e-8), (jnp.ones((1, 1)),)
+    memory = eqx.tree_at(lambda m: m.planned, SolverMemory.at_start(ones), jnp.array([0.3]))
     for stop in (0.5, 0.7):
-        end, after = integrate(
-            field, gf.solvers.DormandPrince853(), rtol, rtol, PROBLEM, jnp.ones((1, 1)), planned,
-            jnp.array(0.5), jnp.array(stop),
+        solved = integrate(
+            field, gf.solvers.DormandPrince853(), rtol, rtol, PROBLEM, ones[0], memory,
+            jnp.array([0.5]), jnp.array(stop),
         )  # fmt: skip
         jax.effects_barrier()
         if stop == 0.5:
             assert not seen
-            assert (end.item(), after.item()) == (1.0, 0.3)
+            assert (solved.states.item(), solved.memory.planned.item()) == (1.0, 0.3)
     assert min(seen) == 0.5
     assert 0.69 < max(seen) < 0.7 + 1e-12
 
@@ -140,12 +141,13 @@ def test_a_field_that_depends_on_time_is_integrated_over_the_time_asked_for(size
     starts = np.array([[0.5, 1.2], [0.1, -0.4]])  # angle and speed of both paths
     states = tuple(jnp.broadcast_to(row, (size, 2)) for row in starts)
     rtol, atol = jnp.array(1e-11), jnp.array(1e-12)
-    planned = jnp.zeros(2)
+    memory = SolverMemory.at_start(states)
     for start, stop in ((0.7, 1.9), (1.9, 2.0)):
-        before = planned
-        states, planned = integrate(
-            field, solver, rtol, atol, PROBLEM, states, planned, jnp.array(start), jnp.array(stop)
+        before = memory.planned
+        solved = integrate(
+            field, solver, rtol, atol, PROBLEM, states, memory, jnp.full(2, start), jnp.array(stop)
         )
+        states, memory = solved.states, solved.memory
     for path in range(2):
         exact = solve_ivp(
             flat, (0.7, 2.0), starts[:, path], method="DOP853", rtol=1e-12, atol=1e-13
@@ -153,4 +155,4 @@ def test_a_field_that_depends_on_time_is_integrated_over_the_time_asked_for(size
         for part, expected in zip(states, exact, strict=True):
             np.testing.assert_allclose(part[:, path], expected, rtol=0.0, atol=1e-9)
     # A short link neither shortens nor lengthens what comes next.
-    assert np.all((0.5 * before < planned) & (planned < 3.0 * before))
+    assert np.all((0.5 * before < memory.planned) & (memory.planned < 3.0 * before))
