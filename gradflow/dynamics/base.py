@@ -80,10 +80,10 @@ class Progress(eqx.Module):
     - `end`: why the path has ended, one of `End`.
     """
 
-    time: Float[Array, " paths"]
-    steps: Int[Array, " paths"]
-    allowed: Int[Array, " paths"]
-    end: Int[Array, " paths"]
+    time: Float[Array, "*paths"]
+    steps: Int[Array, "*paths"]
+    allowed: Int[Array, "*paths"]
+    end: Int[Array, "*paths"]
 
     @classmethod
     def at_start(cls, paths: int) -> "Progress":
@@ -91,11 +91,11 @@ class Progress(eqx.Module):
         counts = jnp.zeros((paths,), jnp.int32)
         return cls(jnp.zeros((paths,)), counts, jnp.copy(counts), jnp.copy(counts))
 
-    def on_the_way(self, stop: Array) -> Bool[Array, " paths"]:
+    def on_the_way(self, stop: Array) -> Bool[Array, "*paths"]:
         """Which paths have neither ended nor reached flow time `stop`."""
         return (self.end == End.NONE) & (self.time < stop)
 
-    def may_move(self, stop: Array) -> Bool[Array, " paths"]:
+    def may_move(self, stop: Array) -> Bool[Array, "*paths"]:
         """Which of these may take another step in this call."""
         return self.on_the_way(stop) & (self.allowed > 0)
 

@@ -192,15 +192,17 @@ class SolverMemory(eqx.Module):
     - `rest`: see `gradflow.solvers.RestController`.
     - `smallest`: least size of a row or column of weights at the start that is not 0, see
         `gradflow.solvers.RelativeErrors`.
+    - `size`: the largest weight at the start.
     - `longest`, `short`: the longest average step so far, and how many steps in a row have been
         much shorter.
     """
 
-    planned: Float[Array, " paths"]
+    planned: Float[Array, "*paths"]
     rest: RestMemory
-    smallest: Float[Array, " paths"]
-    longest: Float[Array, " paths"]
-    short: Int[Array, " paths"]
+    smallest: Float[Array, "*paths"]
+    size: Float[Array, "*paths"]
+    longest: Float[Array, "*paths"]
+    short: Int[Array, "*paths"]
 
     @classmethod
     def at_start(cls, weights: Weights) -> "SolverMemory":
@@ -208,7 +210,10 @@ class SolverMemory(eqx.Module):
         nothing = jnp.zeros((weights[0].shape[-1],), weights[0].dtype)
         count = jnp.zeros(nothing.shape, jnp.int32)
         rest = RestMemory(count, jnp.full_like(nothing, jnp.inf))
-        return cls(nothing, rest, smallest_size(weights), jnp.copy(nothing), jnp.zeros_like(count))
+        size = over_paths(largest)(weights)
+        return cls(
+            nothing, rest, smallest_size(weights), size, jnp.copy(nothing), jnp.zeros_like(count)
+        )
 
 
 class Solved(eqx.Module):
@@ -219,9 +224,9 @@ class Solved(eqx.Module):
 
     states: Any
     memory: SolverMemory
-    time: Float[Array, " paths"]
-    steps: Int[Array, " paths"]
-    failed: Bool[Array, " paths"]
+    time: Float[Array, "*paths"]
+    steps: Int[Array, "*paths"]
+    failed: Bool[Array, "*paths"]
 
 
 def smallest_size(weights: Weights) -> Float[Array, " paths"]:
@@ -302,7 +307,7 @@ def advance_a_little(
     """Take a few steps with every path that may still move; arguments as of `integrate`.
 
     A path ends where it has taken `MAX_STEPS`, where its step size collapses, or where it explodes:
-    where its step size collapses though the state still changes in every step.
+    where its step size collapses though the state has grown and still changes in every step.
     """
     one_path = jax.tree.map(lambda y: y[..., 0], states)
     few = FEW if sum(leaf.size for leaf in jax.tree.leaves(one_path)) < MANY else FEWER
@@ -326,14 +331,14 @@ def advance_a_little(
         ),
     )
 
-    def changes(state: Any, time: Array, planned: Array) -> Array:
+    def explodes(state: Any, time: Array, memory: SolverMemory) -> Array:
         velocity, size = largest(field(time, state, problem)), largest(state)
-        return ~(velocity * planned <= RUNAWAY * size)
+        return ~(velocity * memory.planned <= RUNAWAY * size) & ~(size <= memory.size)
 
     collapsed = moves & (solved.failed | (memory.short >= SHORT_STEPS))
     runaway = jax.lax.cond(
         jnp.any(collapsed),
-        lambda: over_paths(changes)(solved.states, solved.time, memory.planned),
+        lambda: over_paths(explodes)(solved.states, solved.time, memory),
         lambda: jnp.zeros_like(collapsed),
     )
     limit = moves & (solved.time < stop) & (steps >= MAX_STEPS)
