@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import ArrayLike
+from jaxtyping import Array
 
 from gradflow.dynamics.base import End
 from gradflow.memory import host_memory
@@ -72,10 +72,10 @@ class PathRecord(AbstractRecord):
         **Raises:** `MemoryError` if there is no room for all paths.
         """
 
-        def empty(values: ArrayLike) -> np.ndarray:
+        def empty(values: Array | np.ndarray) -> np.ndarray:
             return np.empty((self.total, self.length, *values.shape[1:-1]), values.dtype)
 
-        def copy(to: np.ndarray, values: ArrayLike) -> None:
+        def copy(to: np.ndarray, values: Array | np.ndarray) -> None:
             by_path = np.moveaxis(np.asarray(values)[:count], -1, 0)
             to[paths, first_time : first_time + count] = by_path[: paths.stop - paths.start]
 

@@ -116,7 +116,7 @@ class Runner:
                 self._report(float(share / record.total), 1.0, rate)
         record.paths = paths.stop
         lost = np.flatnonzero(~np.isfinite(state.weights[0][0, 0])[:width])
-        if isinstance(dynamics, SlowFlow):
+        if isinstance(dynamics, SlowFlow) and state.progress is not None:
             lost = lost[np.asarray(state.progress.end)[lost] == End.DIVERGED]
             if lost.size and record.end is None:
                 record.end = dynamics.why_ended(problem, state, int(lost[0]), marks[-1])

@@ -85,13 +85,9 @@ class RestController(AbstractWrappingController):
         step.
         """
         end, inner = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
+        end = jnp.minimum(jnp.asarray(end), t0 + self.memory.stable)
         speed = jnp.asarray(jnp.inf, end.dtype)
-        return jnp.minimum(end, t0 + self.memory.stable), (
-            inner,
-            self.memory,
-            jnp.asarray(t1),
-            speed,
-        )
+        return end, (inner, self.memory, jnp.asarray(t1), speed)
 
     def adapt_step_size(
         self,
