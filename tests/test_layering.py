@@ -124,7 +124,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "stabilized",
         "switching",
     ),
-    "data": ("moments", "preprocess", "files", "bundled", "regression"),
+    "data": ("moments", "fourth_moments", "preprocess", "files", "bundled", "regression"),
     "accumulators": ("moments", "sketch"),
     "regularizers": ("averaged", "diffusion", "sampled"),
     "closed_forms": (
@@ -145,6 +145,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "row_moments",
         "layer_noise",
         "data_noise",
+        "self_consistent",
         "stationary",
         "response",
         "lyapunov",

@@ -5,11 +5,8 @@ target with a covariance that is stationary on the slow time scale. It makes the
 through the curvature of the manifold, the slow drift.
 """
 
-from collections.abc import Callable
-
 import equinox as eqx
 import jax.numpy as jnp
-import lineax as lx
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.geometry.base import output_loss
@@ -17,6 +14,7 @@ from gradflow.geometry.curvature import kernel_of_root
 from gradflow.problem import Problem
 from gradflow.theory.data_noise import DataNoise
 from gradflow.theory.layer_noise import layer_noise_normal, perturbation_covariance
+from gradflow.theory.self_consistent import self_consistent
 from gradflow.types import Scalar, Weights
 
 NEGATIVE = -1e-6
@@ -140,11 +138,10 @@ def fluctuation(problem: Problem, weights: Weights, law: Law, feedback: bool = T
         noise = noise + ends.T @ data.fed_by(perturbation_covariance(problem, weights)) @ ends
     x = response * noise
     if feedback and data.is_multiplicative:
-
-        def feed(y: Float[Array, "outputs outputs"]) -> Float[Array, "outputs outputs"]:
-            return response * (ends.T @ data.fed_by(vectors @ y @ vectors.T) @ ends)
-
-        x = _self_consistent(x, feed)
+        # X = g u makes the equation symmetric: u = b + g F(g u) with what X feeds, F, through K.
+        g, axes = jnp.sqrt(response * a * b), data.coordinates(vectors)
+        start = jnp.where(g > 0.0, x / jnp.where(g > 0.0, g, 1.0), 0.0)
+        x = g * self_consistent(lambda u: g * data.fed_along(axes, g * u), start)
     x = jnp.where(jnp.all(stable), x, jnp.nan)
     return Fluctuation(mu, vectors, moving.astype(mu.dtype), x)
 
@@ -185,18 +182,3 @@ def stationary_covariance(
     law = training_law(step_size, discrete, momentum, order, amplification)
     found = fluctuation(problem, weights, law)
     return found.vectors @ found.covariance @ found.vectors.T
-
-
-def _self_consistent(
-    x: Float[Array, "outputs outputs"], feed: Callable[[Array], Array]
-) -> Float[Array, "outputs outputs"]:
-    """The solution of $X = x + feed(X)$, NaN if it is not a covariance."""
-    operator = lx.FunctionLinearOperator(lambda y: y - feed(y), x)
-    precision = float(jnp.finfo(x.dtype).eps)
-    solver = lx.GMRES(rtol=1e3 * precision, atol=0.0, restart=40, stagnation_iters=40)
-    found = lx.linear_solve(operator, x, solver, throw=False).value
-    found = 0.5 * (found + found.T)
-    # GMRES calls it a breakdown when it converges exactly: the residual decides.
-    solved = jnp.linalg.norm(found - feed(found) - x) <= precision**0.5 * jnp.linalg.norm(x)
-    spread = jnp.linalg.eigvalsh(found)
-    return jnp.where(solved & (spread[0] >= NEGATIVE * spread[-1]), found, jnp.nan)
