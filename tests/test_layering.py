@@ -145,6 +145,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "row_moments",
         "layer_noise",
         "data_noise",
+        "mean_square",
         "stationary",
         "response",
         "lyapunov",
