@@ -27,6 +27,9 @@ from gradflow.theory.mean_square import (
 )
 from gradflow.types import Scalar, Weights
 
+TINY = 1e-20
+"""Noise below which its equation is scaled: GMRES would take it for none."""
+
 
 class Fluctuation(eqx.Module):
     r"""Stationary covariance of $x = \mathrm{vec}((P - T) S^{1/2})$ in the kernel's eigenbasis.
@@ -259,6 +262,10 @@ def _self_consistent(
     x: Float[Array, "outputs outputs"], feed: Callable[[Array], Array]
 ) -> Float[Array, "outputs outputs"]:
     """The solution of $X = x + feed(X)$, NaN if none is found."""
+    size = jnp.max(jnp.abs(x))
+    tiny = (size > 0.0) & (size < TINY)
+    unit = jnp.where(tiny, size, 1.0)
+    x = x / unit
     operator = lx.FunctionLinearOperator(lambda y: y - feed(y), x)
     precision = float(jnp.finfo(x.dtype).eps)
     solver = lx.GMRES(rtol=1e3 * precision, atol=0.0, restart=40, stagnation_iters=40)
@@ -266,4 +273,4 @@ def _self_consistent(
     found = 0.5 * (found + found.T)
     # GMRES calls it a breakdown when it converges exactly: the residual decides.
     solved = jnp.linalg.norm(found - feed(found) - x) <= precision**0.5 * jnp.linalg.norm(x)
-    return jnp.where(solved, found, jnp.nan)
+    return jnp.where(solved, unit * found, jnp.nan)
