@@ -29,9 +29,9 @@ POOLED = 200_000
 COST = 30
 """Operations over $n^3$ of the most expensive decomposition, the singular values with vectors."""
 
-EIGH_COST = 10
-"""The same of the eigenvectors of symmetric matrices. Context switches give them away: batches were
-handed to the pool from somewhere between 4 and 8 on, singular values between 8 and 12."""
+CHEAPER = {"eigh": 10, "cholesky": 6}
+"""The same of operations that cost less. Context switches give a batch away that is handed to the
+pool: that happens at a cost between 4 and 8, between 2 and 4; of singular values at 8 to 12."""
 
 
 def decomposes(function: Callable[..., Any], *arguments: Any) -> bool:
@@ -83,7 +83,8 @@ def _operations(equation: JaxprEqn) -> float:
     sides = [side for shape in shapes if len(shape) > 1 for side in shape[-2:]]
     if name == "linear_solve" or not sides:
         return math.inf
-    return (EIGH_COST if name == "eigh" else COST) * float(max(sides)) ** 3
+    together = max(math.prod(shape[:-2]) for shape in shapes)
+    return CHEAPER.get(name, COST) * together * float(max(sides)) ** 3
 
 
 def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:

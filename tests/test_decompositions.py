@@ -9,8 +9,8 @@ from jax.extend.core import ClosedJaxpr
 
 import gradflow as gf
 from gradflow.decompositions import (
+    CHEAPER,
     COST,
-    EIGH_COST,
     LAPACK,
     POOLED,
     decomposed_together,
@@ -67,8 +67,7 @@ def batches(jaxpr):
         if name in LAPACK:
             for shape in (v.aval.shape for v in equation.invars if getattr(v.aval, "ndim", 0) > 1):
                 count = int(np.prod(shape[:-2]))
-                cost = EIGH_COST if name == "eigh" else COST
-                yield count, count * cost * max(shape[-2:]) ** 3
+                yield count, count * CHEAPER.get(name, COST) * max(shape[-2:]) ** 3
         inner = [p for p in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr)
         ) if isinstance(p, ClosedJaxpr)]  # fmt: skip
@@ -79,9 +78,13 @@ def batches(jaxpr):
 @pytest.mark.parametrize(
     ("function", "operations"),
     [
-        (lambda a: jnp.linalg.cholesky(a[:2, :2])[0, 0] + jnp.linalg.eigvalsh(a), EIGH_COST * 64),
+        (
+            lambda a: jnp.linalg.qr(a[:2, :2])[1][0, 0] + jnp.linalg.eigvalsh(a),
+            CHEAPER["eigh"] * 64,
+        ),
         (lambda a: jax.lax.map(jnp.linalg.inv, a[None])[0], COST * 64),
         (lambda a: jnp.linalg.svd(a[:2])[1], COST * 64),
+        (lambda a: jnp.linalg.cholesky(jnp.stack([a, a, a])), 3 * CHEAPER["cholesky"] * 64),
         (lambda a: a @ a, 0),
         (lambda a: lx.linear_solve(lx.MatrixLinearOperator(a), a[0]).value, np.inf),
     ],

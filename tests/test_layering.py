@@ -146,6 +146,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "layer_noise",
         "data_noise",
         "self_consistent",
+        "mean_square",
         "stationary",
         "response",
         "lyapunov",
