@@ -7,11 +7,12 @@ the program hangs for good (jaxlib 0.10.2, `ParallelBatchMap`). A batch of littl
 one matrix, stays where it is, and is no slower: paths that decompose matrices come in small groups.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 
 from gradflow.products import on_cpu
 from gradflow.types import Weights
@@ -28,47 +29,72 @@ POOLED = 200_000
 COST = 30
 """Operations over $n^3$ of the most expensive decomposition, the singular values with vectors."""
 
+CHEAPER = {"eigh": 10, "cholesky": 6}
+"""The same of operations that cost less. Context switches give a batch away that is handed to the
+pool: that happens at a cost between 4 and 8, between 2 and 4; of singular values at 8 to 12."""
+
 
 def decomposes(function: Callable[..., Any], *arguments: Any) -> bool:
     """Whether a function of one path decomposes matrices; `arguments` need shapes only."""
-    return traced(function, *arguments)[1]
+    return traced(function, *arguments)[1] > 0
 
 
-def traced(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], bool]:
-    """A function of one path, traced once, and whether it decomposes matrices."""
+def traced(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], float]:
+    """A function of one path, traced once, and the operations of its largest decomposition.
+
+    0 if there is none, infinity where its size does not show.
+    """
     program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
 
     def run(*arguments: Any) -> Any:
         results = jaxpr_as_fun(program)(*jax.tree.leaves(arguments))
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
-    return run, any(name in LAPACK for name in _primitives(program.jaxpr))
+    return run, max(map(_operations, _equations(program.jaxpr)), default=0.0)
 
 
-def decomposed_together(weights: Weights) -> int:
+def decomposed_together(weights: Weights, operations: float = math.inf) -> int:
     """How many of the paths of an ensemble may decompose their matrices at once.
 
-    The largest are taken to have as many rows as a path has weights, or entries of its end-to-end
-    matrix. All paths on an accelerator, which has no such pool.
+    All paths on an accelerator, which has no such pool, or if there is nothing to decompose.
 
-    **Arguments:** `weights`: `(d_i, d_{i-1}, R)` a layer.
+    **Arguments:**
+
+    - `weights`: `(d_i, d_{i-1}, R)` a layer.
+    - `operations`: of the largest decomposition of a path, as `traced` gives them; if they are not
+        known, its matrix is taken to have as many rows as a path has weights, or entries of its
+        end-to-end matrix.
     """
     paths = weights[0].shape[-1]
-    if not on_cpu():
+    if not on_cpu() or operations == 0.0:
         return paths
-    rows = sum(w.shape[0] * w.shape[1] for w in weights)
-    rows = max(rows, weights[-1].shape[0] * weights[0].shape[1])
-    return min(paths, max(1, (POOLED - 1) // (COST * rows**3)))
+    if operations == math.inf:
+        rows = sum(w.shape[0] * w.shape[1] for w in weights)
+        operations = COST * max(rows, weights[-1].shape[0] * weights[0].shape[1]) ** 3
+    return min(paths, max(1, int((POOLED - 1) // operations)))
 
 
-def _primitives(jaxpr: Jaxpr) -> Iterator[str]:
-    """The names of all operations of a program, with those inside of its loops and branches."""
+def _operations(equation: JaxprEqn) -> float:
+    """Those of a decomposition; 0 for everything else."""
+    name = equation.primitive.name
+    if name not in LAPACK:
+        return 0.0
+    shapes = [getattr(v.aval, "shape", ()) for v in equation.invars]
+    sides = [side for shape in shapes if len(shape) > 1 for side in shape[-2:]]
+    if name == "linear_solve" or not sides:
+        return math.inf
+    together = max(math.prod(shape[:-2]) for shape in shapes)
+    return CHEAPER.get(name, COST) * together * float(max(sides)) ** 3
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """All operations of a program, with those inside of its loops and branches."""
     for equation in jaxpr.eqns:
-        yield equation.primitive.name
+        yield equation
         for parameter in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
         ):
             if isinstance(parameter, ClosedJaxpr):
-                yield from _primitives(parameter.jaxpr)
+                yield from _equations(parameter.jaxpr)
             elif isinstance(parameter, Jaxpr):
-                yield from _primitives(parameter)
+                yield from _equations(parameter)

@@ -357,6 +357,5 @@ def observe(
         net = DeepLinear(w)
         return {o.name: o.evaluate(net, problem, dynamics) for o in observables}
 
-    of_path, decomposes = traced(one, tuple(w[..., 0] for w in weights))
-    few = decomposed_together(weights) if decomposes else weights[0].shape[-1]
-    return in_groups(over_paths(of_path), weights, few)
+    of_path, work = traced(one, tuple(w[..., 0] for w in weights))
+    return in_groups(over_paths(of_path), weights, decomposed_together(weights, work))

@@ -8,7 +8,15 @@ import pytest
 from jax.extend.core import ClosedJaxpr
 
 import gradflow as gf
-from gradflow.decompositions import COST, LAPACK, POOLED, decomposed_together, decomposes
+from gradflow.decompositions import (
+    CHEAPER,
+    COST,
+    LAPACK,
+    POOLED,
+    decomposed_together,
+    decomposes,
+    traced,
+)
 from gradflow.observables import observe, resolve
 from gradflow.streams import Source
 
@@ -53,16 +61,40 @@ def test_groups_are_small_or_of_one_path(widths, monkeypatch):
 
 
 def batches(jaxpr):
-    """(matrices in the batch, their rows) of every LAPACK operation of a program."""
+    """(matrices in the batch, operations) of every LAPACK operation of a program."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name in LAPACK:
+        name = equation.primitive.name
+        if name in LAPACK:
             for shape in (v.aval.shape for v in equation.invars if getattr(v.aval, "ndim", 0) > 1):
-                yield int(np.prod(shape[:-2])), max(shape[-2:])
+                count = int(np.prod(shape[:-2]))
+                yield count, count * CHEAPER.get(name, COST) * max(shape[-2:]) ** 3
         inner = [p for p in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr)
         ) if isinstance(p, ClosedJaxpr)]  # fmt: skip
         for parameter in inner:
             yield from batches(parameter.jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("function", "operations"),
+    [
+        (
+            lambda a: jnp.linalg.qr(a[:2, :2])[1][0, 0] + jnp.linalg.eigvalsh(a),
+            CHEAPER["eigh"] * 64,
+        ),
+        (lambda a: jax.lax.map(jnp.linalg.inv, a[None])[0], COST * 64),
+        (lambda a: jnp.linalg.svd(a[:2])[1], COST * 64),
+        (lambda a: jnp.linalg.cholesky(jnp.stack([a, a, a])), 3 * CHEAPER["cholesky"] * 64),
+        (lambda a: a @ a, 0),
+        (lambda a: lx.linear_solve(lx.MatrixLinearOperator(a), a[0]).value, np.inf),
+    ],
+)
+def test_the_largest_decomposition_of_a_path_counts(function, operations):
+    """Not the size of the network, unless lineax hides the matrix."""
+    assert traced(function, MATRIX)[1] == operations
+    weights = ensemble(20, 20, 20)
+    few = decomposed_together(weights, operations)
+    assert few == (PATHS if operations == 0 else max(min((POOLED - 1) // operations, PATHS), 1))
 
 
 @pytest.mark.parametrize("widths", [(1, 1, 1), (2, 3, 2)])
@@ -76,7 +108,7 @@ def test_observables_of_an_ensemble(widths):
 
     found = list(batches(jax.make_jaxpr(watch)(weights).jaxpr))
     assert found
-    assert all(count == 1 or count * COST * rows**3 < POOLED for count, rows in found)
+    assert all(count == 1 or work < POOLED for count, work in found)
     together = jax.jit(watch)(weights)
     for path in (0, 7, PATHS - 1):
         alone = watch(tuple(w[..., path : path + 1] for w in weights))
@@ -96,4 +128,4 @@ def test_the_velocities_of_a_slow_flow():
 
     found = list(batches(jax.make_jaxpr(go)(many).jaxpr))
     assert found
-    assert all(count == 1 or count * COST * rows**3 < POOLED for count, rows in found)
+    assert all(count == 1 or work < POOLED for count, work in found)

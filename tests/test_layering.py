@@ -127,7 +127,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "stabilized",
         "switching",
     ),
-    "data": ("moments", "preprocess", "files", "bundled", "regression"),
+    "data": ("moments", "fourth_moments", "preprocess", "files", "bundled", "regression"),
     "accumulators": ("moments", "sketch"),
     "regularizers": ("averaged", "diffusion", "sampled"),
     "closed_forms": (
@@ -148,6 +148,8 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "row_moments",
         "layer_noise",
         "data_noise",
+        "self_consistent",
+        "mean_square",
         "stationary",
         "response",
         "lyapunov",

@@ -16,6 +16,7 @@ from gradflow.data import moments
 from gradflow.data.base import Columns, MatrixLike, Table, as_array, as_samples, column_names
 from gradflow.data.bundled import bundled_table
 from gradflow.data.files import read_file
+from gradflow.data.fourth_moments import FourthMoments, fourth_moments
 from gradflow.data.preprocess import Standardize, preprocess
 
 
@@ -39,6 +40,8 @@ class Regression(eqx.Module):
         $\Sigma_{yy} - \Sigma_{yx}\Sigma_{xx}^+\Sigma_{xy}$ of what no linear map can explain.
     - `best_map` `(d_N, d_0)`: $\Sigma_{yx}\Sigma_{xx}^+$, the least-squares map of smallest norm.
     - `x` `(n, d_0)`, `y` `(n, d_N)`: the finite sample, or `None` for a population.
+    - `fourth_moments`: those of the sample, from which the noise of minibatches follows at every
+        network; `None` for a population, or where the rows are the shorter way.
     - `n`: number of samples whose noise is averaged in one step.
     - `name`, `input_names`, `target_names`: labels.
     - `is_white`: whether `sxx` is exactly the identity, so that products with it can be spared.
@@ -53,6 +56,7 @@ class Regression(eqx.Module):
     best_map: Float[Array, "d_out d_in"]
     x: Float[Array, "samples d_in"] | None
     y: Float[Array, "samples d_out"] | None
+    fourth_moments: FourthMoments | None
     n: Float[Array, ""]
     name: str = eqx.field(static=True)
     input_names: tuple[str, ...] = eqx.field(static=True)
@@ -325,6 +329,9 @@ class Regression(eqx.Module):
         if x is not None and y is not None:
             x, y = (sample.astype(dtype).astype(np.float64) for sample in (x, y))
         derived = moments.derive(sxx, syx, syy, x, y)
+        fourth = None
+        if x is not None and y is not None:
+            fourth = fourth_moments(x, y, derived.best_map, dtype)
         return cls(
             sxx=jnp.asarray(sxx, dtype),
             syx=jnp.asarray(syx, dtype),
@@ -335,6 +342,7 @@ class Regression(eqx.Module):
             best_map=jnp.asarray(derived.best_map, dtype),
             x=None if x is None else jnp.asarray(x, dtype),
             y=None if y is None else jnp.asarray(y, dtype),
+            fourth_moments=fourth,
             n=jnp.asarray(count.item(), dtype),
             name=name,
             input_names=column_names(input_names, len(sxx), "data.input_names", "x"),
@@ -386,6 +394,8 @@ class Regression(eqx.Module):
     ) -> "Regression":
         r"""The same data in other orthonormal coordinates, $y = U y'$ and $x = V x'$.
 
+        Without their fourth moments: this is done where those would be too large.
+
         **Arguments:**
 
         - `outputs`: $U$. `inputs`: $V$; orthogonal, new axes in their columns.
@@ -400,6 +410,7 @@ class Regression(eqx.Module):
             "best_map": u.T @ self.best_map @ v,
             "x": None if self.x is None else self.x @ v,
             "y": None if self.y is None else self.y @ u,
+            "fourth_moments": None,
         }
         return dataclasses.replace(self, **arrays)
 

@@ -160,6 +160,9 @@ class Minibatch(AbstractBatch):
             total = jnp.einsum("ac,ik->aick", errors, data.sxx) + jnp.einsum("ak,ci->aick", m, m)
             return total.reshape(m.size, m.size) / self.batch_size
         n = data.x.shape[0]
+        if data.fourth_moments is not None:
+            total = data.fourth_moments.of_gradient(moments.p - data.best_map)
+            return self._fraction(n) * total.reshape(moments.m.size, moments.m.size)
         errors = data.x @ moments.p.T - data.y
         outer = (errors[:, :, None] * data.x[:, None, :]).reshape(n, -1) - moments.m.ravel()
         return self._fraction(n) / n * (outer.T @ outer)
@@ -188,6 +191,8 @@ class Minibatch(AbstractBatch):
             crossed = jnp.einsum("ij,alcj,lk->aick", s, spread, s)
             return (jnp.einsum("ac,ik->aick", traces, s) + crossed) / self.batch_size
         n = data.x.shape[0]
+        if data.fourth_moments is not None:
+            return self._fraction(n) * data.fourth_moments.of_spread(spread)
         squares = jnp.einsum("rj,rl->rjl", data.x, data.x)
         forms = jnp.einsum("rjl,ajcl->rac", squares, spread)
         rows = jnp.einsum("rac,rik->aick", forms, squares) / n

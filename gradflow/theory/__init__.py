@@ -13,4 +13,7 @@ from gradflow.theory.floor import (
 )
 from gradflow.theory.noise import noise_covariance as noise_covariance
 from gradflow.theory.slow_drift import slow_drift as slow_drift
-from gradflow.theory.stationary import stationary_covariance as stationary_covariance
+from gradflow.theory.stationary import (
+    largest_step_size as largest_step_size,
+    stationary_covariance as stationary_covariance,
+)

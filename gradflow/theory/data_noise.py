@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from gradflow.geometry.base import OutputLoss
 from gradflow.problem import Problem
+from gradflow.products import product
 from gradflow.regularizers.base import NoiseMoments
 from gradflow.regularizers.diffusion import data_sources
 from gradflow.types import Weights
@@ -37,14 +38,28 @@ class DataNoise(eqx.Module):
 
     def fed_by(self, x: Float[Array, "outputs outputs"]) -> Float[Array, "outputs outputs"]:
         """The noise that fluctuations of $x$ with the given covariance add."""
-        d_out, d_in = self.moments.p.shape
-        shape = (d_out, d_in, d_out, d_in)
-        spread = self._whitened(x).reshape(shape)
-        total = jnp.zeros(shape, x.dtype)
+        return self._whitened(self._fed_by_map(self._whitened(x)))
+
+    def fed_along(
+        self, ends: Float[Array, "outputs modes"], x: Float[Array, "modes modes"]
+    ) -> Float[Array, "modes modes"]:
+        r"""$E^\top F(E X E^\top) E$: `fed_by` for $x$ in coordinates, $E$ of `coordinates`."""
+        fed = self._fed_by_map(product(product(ends, x), ends, (1, 1)))
+        return product(product(ends, fed, (0, 0)), ends)
+
+    def coordinates(self, axes: Float[Array, "outputs modes"]) -> Float[Array, "outputs modes"]:
+        r"""$(I \otimes S^{-1/2})\, V$: what $\rho = \mathrm{vec}(P - T)$ is along axes of $x$."""
+        blocks = axes.reshape(*self.moments.p.shape, -1)
+        return jnp.einsum("ij,ajm->aim", self.inverse_root, blocks).reshape(axes.shape)
+
+    def _fed_by_map(self, spread: Float[Array, "outputs outputs"]) -> Array:
+        """The noise on $M$ that fluctuations of the end-to-end matrix add."""
+        shape = self.moments.p.shape * 2
+        total = jnp.zeros(shape, spread.dtype)
         for r in data_sources(self.problem.regularizers):
             if r.is_multiplicative:
-                total = total + r.feedback(self.moments, spread)
-        return self._whitened(total.reshape(x.shape))
+                total = total + r.feedback(self.moments, spread.reshape(shape))
+        return total.reshape(spread.shape)
 
     def _whitened(self, c: Float[Array, "outputs outputs"]) -> Float[Array, "outputs outputs"]:
         r"""$(I \otimes S^{-1/2})\, C\, (I \otimes S^{-1/2})$."""

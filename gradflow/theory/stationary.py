@@ -5,22 +5,26 @@ target with a covariance that is stationary on the slow time scale. It makes the
 through the curvature of the manifold, the slow drift.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-import lineax as lx
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.curvature import kernel_of_root
 from gradflow.problem import Problem
 from gradflow.theory.data_noise import DataNoise
 from gradflow.theory.layer_noise import layer_noise_normal, perturbation_covariance
+from gradflow.theory.mean_square import (
+    certifies,
+    largest_stable_step,
+    shrinks,
+    unless,
+)
+from gradflow.theory.self_consistent import self_consistent
 from gradflow.types import Scalar, Weights
-
-NEGATIVE = -1e-6
-"""Eigenvalue, relative to the largest, at which a solution is no covariance any more."""
 
 
 class Fluctuation(eqx.Module):
@@ -122,31 +126,55 @@ def fluctuation(problem: Problem, weights: Weights, law: Law, feedback: bool = T
 
     With the noise $N(X)$ of one step in $x$, which the fluctuation itself feeds where the noise
     depends on the end-to-end matrix, $X$ solves the linear equation $D_{ab} X_{ab} = h N(X)_{ab}$.
-    Where it has no positive solution training is unstable in mean square, and $X$ is NaN.
+    Where training is unstable in mean square (`gradflow.theory.mean_square`) $X$ is NaN.
     `feedback=False` leaves out what $X$ feeds, which is of higher order in the step size.
     """
-    loss = output_loss(problem)
-    kernel = kernel_of_root(weights, loss.root)
-    mu, vectors = jnp.linalg.eigh(kernel)
-    moving = mu > 10.0 * mu.size * jnp.finfo(mu.dtype).eps * jnp.max(mu)
+    modes = _modes(problem, weights)
+    mu, vectors, moving, data = modes.values, modes.vectors, modes.moving, modes.data
     a, b = mu[:, None], mu[None, :]
     stable = law.is_stable(mu) | ~moving
     both = moving[:, None] & moving[None, :] & stable[:, None] & stable[None, :]
     response = jnp.where(both, law.step_size / jnp.where(both, law.damping(a, b), 1.0), 0.0)
-    data, ends = DataNoise(problem, weights, loss), vectors * mu  # noise reaches x through K
+    ends = vectors * mu  # noise reaches x through K
     noise = ends.T @ data.own() @ ends
     if problem.layer_noise or problem.has_gradient_noise:
         noise = noise + vectors.T @ layer_noise_normal(problem, weights) @ vectors
         noise = noise + ends.T @ data.fed_by(perturbation_covariance(problem, weights)) @ ends
     x = response * noise
+    steady = jnp.all(stable)
     if feedback and data.is_multiplicative:
-
-        def feed(y: Float[Array, "outputs outputs"]) -> Float[Array, "outputs outputs"]:
-            return response * (ends.T @ data.fed_by(vectors @ y @ vectors.T) @ ends)
-
-        x = _self_consistent(x, feed)
-    x = jnp.where(jnp.all(stable), x, jnp.nan)
+        # X = g u makes the equation symmetric: u = b + g F(g u) with what X feeds, F, through K.
+        g, axes, driven = jnp.sqrt(response * a * b), data.coordinates(vectors), x
+        start = jnp.where(g > 0.0, x / jnp.where(g > 0.0, g, 1.0), 0.0)
+        x = g * self_consistent(lambda u: g * data.fed_along(axes, g * u), start)
+        steady &= _is_steady(*jax.lax.stop_gradient((modes, response, x, driven)))
+    x = jnp.where(steady, x, jnp.nan)
     return Fluctuation(mu, vectors, moving.astype(mu.dtype), x)
+
+
+def largest_step_size(
+    problem: Problem,
+    weights: Weights,
+    discrete: bool,
+    momentum: ArrayLike | None = None,
+    *,
+    order: int = 1,
+    amplification: int = 1,
+) -> Scalar:
+    r"""The step size $h_c$ below which training is stable in mean square at a minimum.
+
+    Second moments of small deviations from the minimum shrink below it and grow beyond it, however
+    little noise there is (`gradflow.theory.mean_square`). Noise on inputs and batches make it
+    smaller than the edge of stability $2 (1 + \beta) / \lambda_\mathrm{max}$, which it is without
+    them: at leading order noise on labels, on the gradient and inside the network does not depend
+    on the deviation. Infinite for the SDE of a problem without such noise.
+
+    The arguments are those of `stationary_covariance`.
+    """
+    unit = training_law(1.0, discrete, momentum, order, amplification)
+    modes = _modes(problem, weights)
+    fed_by = modes.fed_by if modes.data.is_multiplicative else None
+    return largest_stable_step(modes.values, modes.moving, unit.coefficients, fed_by)
 
 
 def stationary_covariance(
@@ -187,16 +215,39 @@ def stationary_covariance(
     return found.vectors @ found.covariance @ found.vectors.T
 
 
-def _self_consistent(
-    x: Float[Array, "outputs outputs"], feed: Callable[[Array], Array]
-) -> Float[Array, "outputs outputs"]:
-    """The solution of $X = x + feed(X)$, NaN if it is not a covariance."""
-    operator = lx.FunctionLinearOperator(lambda y: y - feed(y), x)
-    precision = float(jnp.finfo(x.dtype).eps)
-    solver = lx.GMRES(rtol=1e3 * precision, atol=0.0, restart=40, stagnation_iters=40)
-    found = lx.linear_solve(operator, x, solver, throw=False).value
-    found = 0.5 * (found + found.T)
-    # GMRES calls it a breakdown when it converges exactly: the residual decides.
-    solved = jnp.linalg.norm(found - feed(found) - x) <= precision**0.5 * jnp.linalg.norm(x)
-    spread = jnp.linalg.eigvalsh(found)
-    return jnp.where(solved & (spread[0] >= NEGATIVE * spread[-1]), found, jnp.nan)
+class _Modes(eqx.Module):
+    """The eigenbasis of the kernel at a minimum, and the noise on the data there."""
+
+    values: Float[Array, " outputs"]
+    vectors: Float[Array, "outputs outputs"]
+    moving: Bool[Array, " outputs"]
+    data: DataNoise
+
+    def fed_by(self, x: Float[Array, "outputs outputs"]) -> Float[Array, "outputs outputs"]:
+        """`DataNoise.fed_by` in this basis."""
+        return self.vectors.T @ self.data.fed_by(self.vectors @ x @ self.vectors.T) @ self.vectors
+
+
+def _modes(problem: Problem, weights: Weights) -> _Modes:
+    loss = output_loss(problem)
+    mu, vectors = jnp.linalg.eigh(kernel_of_root(weights, loss.root))
+    moving = mu > 10.0 * mu.size * jnp.finfo(mu.dtype).eps * jnp.max(mu)
+    return _Modes(mu, vectors, moving, DataNoise(problem, weights, loss))
+
+
+def _is_steady(
+    modes: _Modes,
+    response: Float[Array, "outputs outputs"],
+    x: Float[Array, "outputs outputs"],
+    defect: Float[Array, "outputs outputs"],
+) -> Bool[Array, ""]:
+    """Whether fluctuations shrink, `response` being that of `fluctuation`.
+
+    The fluctuation `x` that the noise keeps up says so where it reaches every direction, with the
+    `defect` that it has without noise; white noise decides where it does not.
+    """
+    mu, moving = modes.values, modes.moving
+    scale = jnp.sqrt(response * mu[:, None] * mu[None, :])
+    white = jnp.diag(moving.astype(x.dtype))
+    decide = partial(shrinks, lambda u: scale * modes.fed_by(scale * u), white)
+    return unless(certifies(x, defect, moving), decide)

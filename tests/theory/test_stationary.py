@@ -79,9 +79,9 @@ def test_covariance_solves_the_lyapunov_equation_of_position_and_velocity(name, 
         assert_close([got], [expected], np.abs(expected).max(), 1e-10)
 
 
-def sample(widths, n, size, replacement=False, inputs=0.0):
+def sample(widths, n, size, replacement=False, inputs=0.0, singular=False):
     """Batches of a finite sample with a residual, and all of them enumerated."""
-    layers, x, y, s = oracle.fitted_sample(widths, n, inputs)
+    layers, x, y, s = oracle.fitted_sample(widths, n, inputs, singular=singular)
     noises = [gf.Minibatch(size, replacement), *([gf.InputNoise(inputs)] if inputs else [])]
     problem = gf.Problem(gf.Regression.from_samples(x, y), noises)
     rows = list(reference.batches(n, size, replacement))
@@ -92,6 +92,9 @@ BATCHES = {
     "batches": lambda: sample((2, 3, 2), 4, 2),
     "replacement": lambda: sample((2, 2, 1), 4, 2, replacement=True),
     "batches, inputs": lambda: sample((1, 2, 3), 3, 2, inputs=0.3),
+    "moments": lambda: sample((2, 3, 2), 9, 2),
+    "moments, replacement, singular": lambda: sample((2, 2, 2), 9, 2, True, singular=True),
+    "moments, inputs": lambda: sample((1, 2, 3), 4, 2, inputs=0.3),
 }
 
 
@@ -100,6 +103,7 @@ BATCHES = {
 def test_batches_that_differ_in_their_hessian(name, beta):
     """Second moments of rho+ = rho - h K (rho S_k + E_k), all batches k enumerated."""
     problem, layers, s, noise = BATCHES[name]()
+    assert (problem.data.fourth_moments is not None) == name.startswith("moments")
     back = np.linalg.pinv(oracle.factor_of(s)) @ symmetric_root(s)
     change = np.kron(np.eye(layers[-1].shape[0]), back)
     top = oracle.top_curvature(layers, s)
