@@ -137,6 +137,9 @@ Every run is a line of the table; times and rates are in flow time t = h k of st
                           diagonal blocks there, which label noise makes equal
   h lambda_max            at the minimum reached; the theory ends at 2, with momentum beta at
                           2 (1 + beta)
+  Largest h, mean square  the step size there from which on noise that grows with the fluctuation
+                          it makes has training diverge: below the edge for batches and noise on
+                          inputs
 
 A dash means that there is no such number, "see below" that there is no prediction at all, because
 theory does not cover the run or training diverges; a line below the table says why.

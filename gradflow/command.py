@@ -45,6 +45,7 @@ _PREDICTED = (
     "Half-life\nin t",
     "End: D\n(block traces)",
     "h lambda_max at\nthe minimum",
+    "Largest h,\nmean square",
 )
 _REFUSED = "see below"
 
@@ -147,6 +148,7 @@ def _foretold(run: PreparedRun, eps: float) -> tuple[list[str] | None, str]:
         number(found.half_life),
         _end_cell(found),
         number(found.sharpness),
+        number(found.largest_step_size),
     ]
     texts = (found.start_note, found.reason, found.end_reason)
     reasons = dict.fromkeys(text for text in texts if text)

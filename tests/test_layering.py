@@ -169,6 +169,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "edge",
         "overlap",
         "at_minimum",
+        "end_point",
         "prediction",
         "predict",
         "rates",

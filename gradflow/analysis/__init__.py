@@ -6,12 +6,12 @@ from gradflow.analysis.compare import (
     compare as compare,
     compare_trajectories as compare_trajectories,
 )
+from gradflow.analysis.end_point import EndPoint as EndPoint
 from gradflow.analysis.order_results import OrderRow as OrderRow, Orders as Orders
 from gradflow.analysis.orders import orders as orders
 from gradflow.analysis.phases import Phases as Phases, phases as phases
 from gradflow.analysis.predict import predict as predict
 from gradflow.analysis.prediction import (
-    EndPoint as EndPoint,
     Prediction as Prediction,
     RateLaw as RateLaw,
 )

@@ -16,8 +16,9 @@ from gradflow.regularizers.averaged import averaged_gradient
 from gradflow.theory.drift import flow_imbalance_drift
 from gradflow.theory.end_point import driving_force
 from gradflow.theory.slow_drift import slow_drift
+from gradflow.theory.slow_noise import NEGLIGIBLE
 from gradflow.theory.spread import fluctuation_share, is_skewed
-from gradflow.theory.stationary import stationary_covariance
+from gradflow.theory.stationary import largest_step_size, stationary_covariance
 from gradflow.types import Scalar, Weights
 
 
@@ -36,6 +37,7 @@ class AtMinimum(eqx.Module):
         network pull; `noise_floor`: the excess loss that noise keeps up.
     - `relative_error`: `fluctuation_share`, or its root where the noise is skewed.
     - `drift`: $dD/dt$ of the slow flow; `force`: what drives it.
+    - `largest_step_size`: below which training is stable in mean square; NaN for a flow.
     """
 
     residual: Scalar
@@ -44,6 +46,7 @@ class AtMinimum(eqx.Module):
     relative_error: Scalar
     drift: Scalar
     force: Scalar
+    largest_step_size: Scalar
 
 
 @eqx.filter_jit
@@ -51,14 +54,15 @@ def at_minimum(
     problem: Problem,
     weights: Weights,
     flow: SlowFlow | None,
-    fluctuates: dict[str, Any] | None,
+    law: dict[str, Any],
+    fluctuates: bool,
 ) -> AtMinimum:
     """The formulas of one theory.
 
     **Arguments:**
 
     - `flow`: its slow flow; None for gradient flow.
-    - `fluctuates`: options of `stationary_covariance`; None where no noise acts.
+    - `law`: options of `stationary_covariance`; `fluctuates`: whether noise acts.
     """
     if flow is None:
         velocity = slow_drift(problem, weights, 0.0, finite_step=False)
@@ -69,16 +73,20 @@ def at_minimum(
     if flow is not None and flow.momentum is not None and flow.decay == "decoupled":
         share = 1.0 - flow.momentum
     floor = error = jnp.zeros(())
-    if flow is not None and fluctuates is not None:
+    largest = jnp.full((), jnp.nan)
+    if flow is not None:
+        largest = largest_step_size(problem, weights, **law)
+    if flow is not None and fluctuates:
         h, beta = flow.step_size, flow.momentum
-        floor = 0.5 * jnp.trace(stationary_covariance(problem, weights, h, **fluctuates))
+        floor = 0.5 * jnp.trace(stationary_covariance(problem, weights, h, **law))
+        floor = jnp.where(floor <= NEGLIGIBLE * jnp.trace(problem.data.syy), 0.0, floor)
         error = fluctuation_share(problem, weights, h, beta, finite_step=flow.finite_step)
         error = jnp.sqrt(error) if is_skewed(problem) else error
     if flow is None:
         force = driving_force(problem, weights, 0.0, None, False)
     else:
         force = driving_force(problem, weights, flow.step_size, flow.momentum, flow.finite_step)
-    return AtMinimum(*_plateau(problem, weights, share), floor, error, drift, force)
+    return AtMinimum(*_plateau(problem, weights, share), floor, error, drift, force, largest)
 
 
 def _plateau(problem: Problem, weights: Weights, share: Scalar) -> tuple[Scalar, Scalar]:

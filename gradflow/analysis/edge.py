@@ -1,23 +1,15 @@
 """Whether training settles: the edge of stability at the start and the minimum that is reached."""
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
 
 from gradflow.data import Regression
-from gradflow.dynamics import GradientDescent, SlowFlow
+from gradflow.dynamics import GradientDescent
 from gradflow.geometry.curvature import sharpness, smallest_positive
 from gradflow.geometry.imbalance import imbalance
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.types import Scalar, Weights
-
-RESOLVED = 1e-5
-"""Relative accuracy of the largest stable step size."""
-
-HALVINGS = 60
-"""Most halvings of a step size in the search for a stable one."""
+from gradflow.types import Scalar
 
 
 def beyond_the_edge(
@@ -40,24 +32,21 @@ def beyond_the_edge(
 
 
 def unstable(
-    problem: Problem, minimum: DeepLinear, spectrum: np.ndarray, flow: SlowFlow | None
+    step_size: float, momentum: Scalar | None, spectrum: np.ndarray, largest: float
 ) -> str:
     """Why training does not stay at a minimum, and with which step size it would.
 
-    **Arguments:** `spectrum`: of the Hessian there; `flow`: the slow flow of the training.
+    **Arguments:** `spectrum`: of the Hessian there; `largest`: the largest stable step size.
     """
-    if flow is None:
+    if step_size == 0.0:
         return "training does not settle at the minimum reached"
-    h, edge = float(flow.step_size), edge_of_stability(flow.momentum)
-    top = h * float(spectrum[-1])
+    top, edge = step_size * float(spectrum[-1]), edge_of_stability(momentum)
     where = f"at the minimum reached h lambda_max = {top:.4g}"
     if top >= edge:
         return (
             f"{where} is beyond the edge of stability at {edge:g}: training does not settle there, "
-            f"and the theory ends. The largest stable step size at this minimum is "
-            f"{h * edge / top:.4g}"
+            f"and the theory ends. The largest stable step size at this minimum is {largest:.4g}"
         )
-    largest = _largest_stable_step(flow, problem, minimum.weights)
     return (
         f"{where} is below the edge of stability at {edge:g}, but the noise grows with the "
         "fluctuation that it makes: SGD is unstable in mean square, and the theory ends. The "
@@ -85,23 +74,3 @@ def optimization_rate(spectrum: np.ndarray, training: GradientDescent | None) ->
 def edge_of_stability(momentum: Scalar | None) -> float:
     r"""The $h \lambda$ from which on descent is unstable, $2 (1 + \beta)$."""
     return 2.0 if momentum is None else 2.0 * (1.0 + float(momentum))
-
-
-def _largest_stable_step(flow: SlowFlow, problem: Problem, weights: Weights) -> float:
-    """The step size, below the unstable one of a slow flow, up to which it has a velocity."""
-    low, high = 0.0, float(flow.step_size)
-    for _ in range(HALVINGS):
-        if high - low <= RESOLVED * high:
-            break
-        middle = 0.5 * (low + high)
-        stable = bool(_is_stable(flow, problem, weights, jnp.asarray(middle)))
-        low, high = (middle, high) if stable else (low, middle)
-    return low
-
-
-@eqx.filter_jit
-def _is_stable(
-    flow: SlowFlow, problem: Problem, weights: Weights, step_size: Scalar
-) -> Bool[Array, ""]:
-    at = eqx.tree_at(lambda f: f.step_size, flow, step_size)
-    return jnp.all(jnp.isfinite(jnp.stack([jnp.sum(v) for v in at.velocity(problem, weights)])))

@@ -239,8 +239,10 @@ class _Run:
             self.problem,
             start.limit.weights,
             self._slow_flow(theory),
-            options if self.random else None,
+            options,
+            self.random,
         )
+        largest = float(found.largest_step_size)
         plateau = float(found.plateau) if self.pulled else 0.0
         floor, end = plateau + float(found.noise_floor), float("nan")
         if self.random:
@@ -281,7 +283,10 @@ class _Run:
             sharpness=float(start.spectrum[-1]),
             relative_error=float(found.relative_error),
             has_noise=self.random,
-            reason="; ".join(self._reasons(theory, start, settles, distance, drift, decay, exact)),
+            largest_step_size=largest,
+            reason="; ".join(
+                self._reasons(start, settles, distance, drift, decay, exact, floor, largest)
+            ),
         )
 
     def _optimization_rate(self, start: _Start, stepwise: bool) -> float:
@@ -305,17 +310,24 @@ class _Run:
 
     def _reasons(
         self,
-        theory: Theory,
         start: _Start,
         settles: bool,
         distance: float,
         drift: float,
         decay: float,
         exact: bool,
+        floor: float,
+        largest: float,
     ) -> list[str]:
         """Why numbers of a law are missing."""
         if not settles:
-            return [unstable(self.problem, start.limit, start.spectrum, self._slow_flow(theory))]
+            return [unstable(self.h, self.momentum, start.spectrum, largest)]
+        if self.h >= largest and np.isfinite(drift) and not np.isfinite(floor):
+            return [
+                "the noise of the SDE grows with the fluctuation that it makes: it is unstable in "
+                "mean square, and has no loss floor. The largest stable step size at this minimum "
+                f"is {largest:.4g}"
+            ]
         if not self.random and not self.pulled:
             return ["no regularizer acts in this dynamics: there is no regularization phase"]
         if not np.isfinite(drift) and exact and self.problem.layer_noise:
@@ -325,7 +337,7 @@ class _Run:
                 "under leading order"
             ]
         if not np.isfinite(drift):
-            return [unstable(self.problem, start.limit, start.spectrum, self._slow_flow(theory))]
+            return [unstable(self.h, self.momentum, start.spectrum, largest)]
         if distance <= BALANCED * float(jnp.sum(squared_norms(start.limit))):
             return ["the minimum is balanced: there is no imbalance to decay"]
         if drift == 0.0:
@@ -366,6 +378,7 @@ def _summary(
         leading_drift=leading.imbalance_drift,
         relative_error=own.relative_error,
         sharpness=h * own.sharpness,
+        largest_step_size=own.largest_step_size,
         stability=h * own.sharpness / (2.0 * (1.0 + own.momentum)),
         leading_order=leading,
         finite_step=finite,

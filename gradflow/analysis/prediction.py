@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from gradflow.data import Regression
+from gradflow.analysis.end_point import EndPoint, end_point
 from gradflow.dynamics.settings import Decay
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.geometry.base import output_loss
-from gradflow.geometry.curvature import hessian_block_traces, hessian_trace, minima_spectrum
+from gradflow.geometry.curvature import hessian_trace
 from gradflow.geometry.imbalance import imbalance, squared_norms
 from gradflow.geometry.manifold import why_singular
 from gradflow.network import DeepLinear
@@ -36,24 +36,6 @@ ZERO = 1e-8
 
 RESTING = 1e-12
 """Relative change of the weights in a time scale of the optimization phase that is rounding."""
-
-
-@dataclass(frozen=True)
-class EndPoint:
-    r"""The stationary point of the slow flow.
-
-    - `net`: the network; `imbalance`: its $D$.
-    - `squared_norms`: $|W_i|^2$; `norm_ratios`: $|W_{i+1}|^2 / |W_i|^2$.
-    - `block_traces`: traces of the Hessian's diagonal blocks; their sum is $\mathrm{tr} H$.
-    - `sharpness`: $\lambda_\mathrm{max}$.
-    """
-
-    net: DeepLinear
-    imbalance: float
-    squared_norms: tuple[float, ...]
-    norm_ratios: tuple[float, ...]
-    block_traces: tuple[float, ...]
-    sharpness: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +70,8 @@ class RateLaw:
         the noise is skewed. The slow flow is the leading order in it: an estimate of the relative
         error, up to a factor of order one.
     - `has_noise`: whether noise acts in the training.
+    - `largest_step_size`: the step size at `limit` below which training, or its SDE, is stable in
+        mean square; NaN for a flow (`gradflow.theory.mean_square`).
     """
 
     theory: Theory
@@ -106,6 +90,7 @@ class RateLaw:
     sharpness: float
     relative_error: float
     has_noise: bool
+    largest_step_size: float = math.nan
     reason: str = ""
 
     @property
@@ -268,6 +253,9 @@ class Prediction:
     - `sharpness`: $h \lambda_\mathrm{max}$ at the minimum reached; `stability`: its share of the
         edge of stability $2 (1 + \beta)$, where the theory ends. NaN for a flow, which has no step
         size.
+    - `largest_step_size`: the step size at `limit` below which the dynamics is stable in mean
+        square. Noise on inputs and batches make it smaller than the edge of stability; other noise
+        does not at leading order. Infinite for an SDE without such noise, NaN for a flow.
     - `overlap`: by how much noise is expected to change $D$ during the optimization phase beyond
         what the slow flow counts, which starts at `limit`; see `gradflow.analysis.overlap`. A
         prediction is off by up to about that, and by more if the residual decays as slowly as $D$.
@@ -297,6 +285,7 @@ class Prediction:
     relative_error: float = math.nan
     sharpness: float = math.nan
     stability: float = math.nan
+    largest_step_size: float = math.nan
     leading_order: RateLaw | None = None
     finite_step: RateLaw | None = None
     slow: RateLaw | None = None
@@ -374,20 +363,6 @@ class Prediction:
 
 def _finite_half_life(law: RateLaw | None) -> float:
     return math.nan if law is None or math.isinf(law.half_life) else law.half_life
-
-
-def end_point(problem: Problem, net: DeepLinear) -> EndPoint:
-    """What a minimum is like where the slow flow ends."""
-    data = Regression.from_moments(problem.input_moment, problem.data.syx, problem.data.syy)
-    norms = np.asarray(squared_norms(net))
-    return EndPoint(
-        net=net,
-        imbalance=float(imbalance(net)),
-        squared_norms=tuple(map(float, norms)),
-        norm_ratios=tuple(map(float, norms[1:] / norms[:-1])),
-        block_traces=tuple(map(float, hessian_block_traces(net, data))),
-        sharpness=float(minima_spectrum(net, problem.input_moment)[-1]),
-    )
 
 
 def prediction_rows(prediction: Prediction) -> list[tuple[str, str, str]]:
@@ -471,6 +446,7 @@ def _sharpness(law: RateLaw) -> float:
 
 _ROWS: tuple[tuple[str, Any], ...] = (
     ("h lambda_max at the minimum reached", _sharpness),
+    ("largest step size, mean square", lambda law: law.largest_step_size),
     ("optimization phase ends at t", lambda law: law.optimization_end),
     ("  in steps", lambda law: law.optimization_steps),
     ("optimization rate", lambda law: law.optimization_rate),

@@ -63,7 +63,7 @@ RESOLVED = 1e-5
 """Relative accuracy of the largest step size that an error names."""
 
 BISECTIONS = 40
-"""Halvings of a saved interval in which the end of a path is looked for."""
+"""Halvings of an interval in which the end of a path, or of stability, is looked for."""
 
 
 class EdgeOfStabilityWarning(UserWarning):
@@ -429,13 +429,18 @@ class SlowFlow(AbstractDynamics):
         low, high = 0.0, min(h, h / share)
         if _is_stable(self, problem, minimum, jnp.asarray((1.0 - RESOLVED) * high)):
             low = high
-        while high - low > RESOLVED * high:
+        for _ in range(BISECTIONS):
+            if high - low <= RESOLVED * high:
+                break
             middle = 0.5 * (low + high)
             stable = _is_stable(self, problem, minimum, jnp.asarray(middle))
             low, high = (middle, high) if stable else (low, middle)
+        largest = f"The largest step size at this minimum is {low:.4g}; lower it, or start flatter."
+        if low == 0.0:
+            largest = f"None was found down to {high:.2g} either; start from another minimum."
         raise ValueError(
             f"SlowFlow.step_size={h:g}: {where}, {why}: the theory of the slow flow ends there. "
-            f"The largest step size at this minimum is {low:.4g}; lower it, or start flatter."
+            f"{largest}"
         )
 
     def _edge_share(self, problem: Problem, minimum: Weights) -> float:

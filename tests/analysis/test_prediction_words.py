@@ -71,6 +71,77 @@ def test_mean_square_instability_names_the_largest_step():
     assert f"minimum is {largest:.3g}" in found.reason
 
 
+@pytest.mark.parametrize("h", [0.33, 0.44])
+def test_data_that_are_fitted_exactly(h):
+    """No noise at the minimum, but what there is grows: h_c = 2 S / (a Q) for batches of one row.
+
+    By enumeration of the nonlinear training: E r^2 of the smallest residual over all paths.
+    """
+    x = np.array([0.5, 1.0, 1.5, 2.0])
+    problem = gf.Problem(
+        gf.Regression.from_samples(x[:, None], x[:, None]), [gf.Minibatch(1, replacement=True)]
+    )
+    net = gf.DeepLinear([[[1.0]], [[1.0]]])
+    found = gf.predict(problem, net, h)
+    limit = 2.0 * np.mean(x**2) / (2.0 * np.mean(x**4))
+    assert limit == pytest.approx(0.3390, abs=5e-5)
+    assert found.largest_step_size == pytest.approx(limit, rel=1e-12)
+    finite = row(str(found), "largest step size, mean square")[1]
+    assert finite == "0.3390"
+    w1, w2 = np.array([1.0 + 1e-9]), np.array([1.0])
+    sizes = []
+    for _ in range(6):
+        m = np.repeat(x**2, w1.size)
+        w1, w2 = np.tile(w1, 4), np.tile(w2, 4)
+        r = w1 * w2 - 1.0
+        w1, w2 = w1 - h * m * r * w2, w2 - h * m * r * w1
+        sizes.append(np.mean((w1 * w2 - 1.0) ** 2))
+    growth = sizes[-1] / sizes[-2]
+    assert (growth > 1.0) == (h > limit)
+    if h > limit:
+        assert growth == pytest.approx(1.983, abs=1e-3)
+        assert "unstable in mean square" in found.reason
+        assert "largest stable step size at this minimum is 0.339" in found.reason
+        assert math.isnan(found.imbalance_drift) and math.isnan(found.loss_floor)
+    else:
+        assert "unstable" not in str(found)
+        assert found.loss_floor == 0.0 and found.imbalance_drift == 0.0
+
+
+def test_residuals_that_are_zero_up_to_rounding():
+    x = np.array([[0.3], [0.8], [1.1], [1.9]])
+    problem = gf.Problem(gf.Regression.from_samples(x, 1.2 * x), [gf.Minibatch(1)])
+    net = gf.DeepLinear([[[np.sqrt(1.2)]], [[np.sqrt(1.2)]]])
+    found = gf.predict(problem, net, 0.2)
+    expected = 2.0 * np.mean(x**2) / (2.4 * np.mean(x**4))
+    assert found.largest_step_size == pytest.approx(expected, rel=1e-12)
+    assert "unstable" not in str(found)
+    assert found.loss_floor == 0.0 and found.end_imbalance == 0.0
+    beyond = gf.predict(problem, net, 0.35)
+    assert "largest stable step size at this minimum is 0.3101" in beyond.reason
+
+
+def test_an_sde_that_is_unstable_in_mean_square_says_why_it_has_no_floor():
+    """dx = -a S x dt + sqrt(h V) a x dB: E x^2 grows from h = 2 S / (a V) on, V = Var x^2."""
+    x = np.array([[0.1], [0.1], [0.1], [2.0]])
+    data = gf.Regression.from_samples(x, x + np.array([[0.3], [-0.3], [0.0], [0.0]]))
+    h = 0.8
+    found = gf.predict(gf.Problem(data, [gf.Minibatch(1)]), NET, gf.StochasticFlow(h))
+    a = sum(float((w**2).sum()) for w in found.limit.weights)
+    limit = 2.0 * np.mean(x**2) / (a * np.var(x**2))
+    assert found.largest_step_size == pytest.approx(limit, rel=1e-9) and limit < h
+    assert math.isnan(found.loss_floor) and "unstable in mean square" in found.reason
+    assert f"is {limit:.4g}" in found.reason
+
+
+def test_the_largest_step_size_of_other_noise_and_of_none():
+    """Label noise: the edge of stability 2 (1 + beta) / lambda_max; a flow has no step size."""
+    found = gf.predict(NOISY, NET, 0.1, momentum=0.5)
+    assert found.stability == pytest.approx(0.1 / found.largest_step_size, rel=1e-12)
+    assert found.leading_order is not None and found.leading_order.largest_step_size == math.inf
+    assert math.isnan(gf.predict(NOISY, NET, gf.GradientFlow()).largest_step_size)
+
+
 def test_noise_that_is_zero_at_the_minimum_leaves_it_there():
     """The gradient of Bernoulli dropout vanishes at a scalar network's minimum."""
     found = gf.predict(gf.Problem(DATA, [gf.Dropout(0.01)]), NET, 0.1)

@@ -192,6 +192,32 @@ def test_noise_that_grows_with_its_fluctuation_ends_the_theory_earlier():
         run(problem, CHAIN, SlowFlow(0.8 / lam), 0.1)
 
 
+def fitted(x, target):
+    """Rows y = T x, batches of one of them, and the balanced network that fits them."""
+    rows = np.asarray(x)[:, None]
+    data = gf.Regression.from_samples(rows, target * rows)
+    net = gf.DeepLinear([[[np.sqrt(target)]], [[np.sqrt(target)]]])
+    return gf.Problem(data, [gf.Minibatch(1, replacement=True)]), net
+
+
+@pytest.mark.parametrize(
+    ("x", "target", "limit"),
+    [([0.5, 1.0, 1.5, 2.0], 1.0, "0.339"), ([0.3, 0.8, 1.1, 1.9], 1.2, "0.3101")],
+)
+def test_stability_needs_no_noise_to_show(x, target, limit):
+    """Data that are fitted exactly, or up to rounding: stable up to 2 S / (a Q), Q = E x^4."""
+    problem, net = fitted(x, target)
+    x2 = np.square(x)
+    largest = 2.0 * x2.mean() / (2.0 * target * np.mean(x2**2))
+    assert f"{largest:.4g}" == limit
+    got = run(problem, net, SlowFlow(0.9 * largest), 1.0)
+    np.testing.assert_allclose(traces(got), 0.0, rtol=0.0, atol=1e-12)
+    with pytest.raises(ValueError, match=f"no stationary fluctuation.*is {limit};"):
+        run(problem, net, SlowFlow(1.3 * largest), 1.0)
+    with pytest.warns(EdgeOfStabilityWarning, match="within 5 %"):
+        run(problem, net, SlowFlow(0.97 * largest), 1.0)
+
+
 def test_starts_that_reach_no_minimum_are_errors():
     with pytest.raises(ValueError, match=r"optimization phase.*plateau"):
         run(label(), gf.DeepLinear([[[0.0]], [[0.0]]]), SlowFlow(0.1), 1.0)

@@ -51,7 +51,11 @@ def radius(matrices, h, beta):
 
 def enumerated_limit(matrices, beta):
     edge = 2 * (1 + beta) / np.linalg.eigvalsh(np.mean(matrices, axis=0))[-1]
-    return brentq(lambda h: radius(matrices, h, beta) - 1.0, 1e-3 * edge, edge, xtol=1e-14 * edge)
+    low, high = 1e-3 * edge, edge
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if radius(matrices, middle, beta) < 1.0 else (low, middle)
+    return low
 
 
 def fitted(widths, n, size, replacement=False, singular=False):
