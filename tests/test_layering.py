@@ -88,6 +88,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "layers",
         "noise",
         "ode",
+        "optimizers",
         "from_optax",
         "descent",
         "svag",

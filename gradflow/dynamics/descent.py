@@ -20,6 +20,13 @@ from gradflow.dynamics.base import (
 )
 from gradflow.dynamics.layers import added, minus_scaled, over_all_paths, penalty_gradient
 from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
+from gradflow.dynamics.optimizers import (
+    check_descends,
+    is_transformation,
+    started,
+    takes_learning_rate,
+    updated,
+)
 from gradflow.dynamics.settings import (
     Decay,
     check_velocity,
@@ -114,7 +121,7 @@ class GradientDescent(AbstractDynamics):
                     "momentum; set it there, as in functools.partial(optax.sgd, momentum=0.9)."
                 )
             made = self._transformation()
-            if not _is_transformation(made):
+            if not is_transformation(made):
                 raise TypeError(
                     "GradientDescent.optimizer must make an optax gradient transformation from a "
                     f"learning rate, as optax.adam does; it made {type(made).__name__}."
@@ -130,11 +137,13 @@ class GradientDescent(AbstractDynamics):
         return problem.is_stochastic
 
     def check(self, problem: Problem, weights: Weights) -> None:
-        """Raise if the velocity or the shared Brownian path does not fit.
+        """Raise if the velocity, the optimizer or the shared Brownian path does not fit.
 
         An unstable step size is no error: it shows as diverged replicas.
         """
         check_velocity("GradientDescent", self.velocity, weights)
+        if not (self.optimizer is None or takes_learning_rate(self.optimizer)):
+            check_descends(self.optimizer, self._transformation())
         if self.path_substeps > 1:
             check_gaussian("GradientDescent.path_substeps", self.path_substeps, problem)
 
@@ -145,7 +154,8 @@ class GradientDescent(AbstractDynamics):
             velocity = over_all_paths(self.velocity, weights)
         optimizer = None
         if self.optimizer is not None:
-            fresh = over_paths(self._transformation().init)(weights)
+            made = self._transformation()
+            fresh = over_paths(lambda w: started(made, w))(weights)
             # Some optimizers remember the weights; the run gives both buffers away.
             optimizer = jax.tree.map(jnp.copy, fresh)
         shift = over_all_paths(None, weights) if problem.has_weight_shift else None
@@ -208,7 +218,12 @@ class GradientDescent(AbstractDynamics):
         gradient = problem.sampled_gradient(weights, noise, coupled)
         velocity, optimizer, shift = memory.velocity, memory.optimizer, memory.shift
         if self.optimizer is not None:
-            update, optimizer = self._transformation().update(gradient, optimizer, weights)
+            made = self._transformation()
+
+            def loss(at: Weights) -> Scalar:
+                return problem.sampled_loss(at, noise, coupled)
+
+            update, optimizer = updated(made, gradient, optimizer, weights, loss)
             moved = added(weights, update)
         elif self.momentum is None or velocity is None:
             moved = minus_scaled(weights, h, gradient)
@@ -230,7 +245,7 @@ class GradientDescent(AbstractDynamics):
 
     def _transformation(self) -> Any:
         """The optax gradient transformation."""
-        if _is_transformation(self.optimizer):
+        if is_transformation(self.optimizer):
             return self.optimizer
         return self.optimizer(self.step_size if self.schedule is None else self.schedule)
 
@@ -270,15 +285,11 @@ def _first_step_size(schedule: Callable[[Any], Any]) -> Scalar:
     return checked_step_size("GradientDescent", first)
 
 
-def _is_transformation(value: Any) -> bool:
-    return hasattr(value, "init") and hasattr(value, "update")
-
-
 def _as_optimizer(optimizer: Any) -> Any:
     if isinstance(optimizer, functools.partial):
         # Two partials of equal contents are the same program to this one, not to functools'.
         return eqx.Partial(optimizer.func, *optimizer.args, **optimizer.keywords)
-    if optimizer is None or _is_transformation(optimizer) or callable(optimizer):
+    if optimizer is None or is_transformation(optimizer) or callable(optimizer):
         return optimizer
     raise TypeError(
         "GradientDescent.optimizer must be a function of the learning rate such as optax.adam, or "
