@@ -15,6 +15,7 @@ from gradflow.dynamics.descent import GradientDescent
 from gradflow.dynamics.gradient_flow import GradientFlow
 from gradflow.dynamics.heavy_ball_flow import HeavyBallFlow
 from gradflow.dynamics.modified_flow import ModifiedFlow, modified_drift
+from gradflow.dynamics.optimizers import first_line
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.dynamics.stochastic_flow import StochasticFlow
 from gradflow.dynamics.svag import SVAG
@@ -351,12 +352,31 @@ def observe(
     problem: Problem,
     dynamics: AbstractDynamics,
 ) -> dict[str, Array]:
-    """Every observable of every path; arrays end in the path axis."""
+    """Every observable of every path; arrays end in the path axis.
+
+    **Raises:** `TypeError` naming an observable of the user's own that fails.
+    """
 
     def one(w: Weights) -> dict[str, Array]:
         net = DeepLinear(w)
-        return {o.name: o.evaluate(net, problem, dynamics) for o in observables}
+        return {o.name: _evaluated(o, net, problem, dynamics) for o in observables}
 
     of_path, decomposes = traced(one, tuple(w[..., 0] for w in weights))
     few = decomposed_together(weights) if decomposes else weights[0].shape[-1]
     return in_groups(over_paths(of_path), weights, few)
+
+
+def _evaluated(
+    observable: Observable, net: DeepLinear, problem: Problem, dynamics: AbstractDynamics
+) -> Array:
+    if observable is BUILT_IN.get(observable.name):
+        return observable.evaluate(net, problem, dynamics)
+    try:
+        value = observable.evaluate(net, problem, dynamics)
+        return jnp.asarray(value, jnp.result_type(value, float))
+    except Exception as error:  # whatever the user's function raises
+        raise TypeError(
+            f"observables: {observable.name!r} failed ({type(error).__name__}: "
+            f"{first_line(error)}); it is compiled with the run, so write it in jax.numpy, without "
+            "float(), if or numpy on what it is given, and return an array of real numbers."
+        ) from error

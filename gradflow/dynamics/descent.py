@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow.dynamics.base import (
@@ -58,7 +59,8 @@ class GradientDescent(AbstractDynamics):
     **Arguments:**
 
     - `step_size`: $h > 0$, flow time per step; or a schedule: a function of the step number that
-        gives $h_k > 0$, as `optax` makes them. It must be traceable (`jnp.where` instead of `if`).
+        gives $h_k \ge 0$, as `optax` makes them (a warm-up from 0, a decay to 0). It must be
+        traceable (`jnp.where` instead of `if`).
     - `momentum`: $\beta$ in $[0, 1)$; heavy ball unless `nesterov`.
     - `nesterov`: look ahead; needs `momentum` > 0.
     - `decay`: "coupled" adds the gradient of the penalties to the gradient; "decoupled" keeps it
@@ -274,6 +276,7 @@ def scheduled_step_sizes(
 
 
 def _first_step_size(schedule: Callable[[Any], Any]) -> Scalar:
+    r"""$h_0 \ge 0$ of a schedule; the others are looked at when a run asks for them."""
     try:
         (first,) = scheduled_step_sizes(schedule, jnp.zeros((1,), jnp.int32))
     except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
@@ -282,6 +285,8 @@ def _first_step_size(schedule: Callable[[Any], Any]) -> Scalar:
             "gives one number and can be traced by JAX (jnp.where instead of if); calling it "
             f"failed with {type(error).__name__}."
         ) from error
+    if not isinstance(first, Tracer) and float(first) == 0.0:
+        return first
     return checked_step_size("GradientDescent", first)
 
 

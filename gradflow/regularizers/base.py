@@ -26,12 +26,12 @@ from gradflow.streams import Stream
 from gradflow.types import EndToEnd, Scalar, Weights
 
 
-def as_parameter(value: ArrayLike) -> Scalar:
+def as_parameter(value: ArrayLike, name: str = "a step size, rate, level or tolerance") -> Scalar:
     """A rate or level as an array, so that a sweep over it does not recompile.
 
-    **Raises:** `TypeError` if it is not a number.
+    **Raises:** `TypeError` with the name of the field if it is not a number.
     """
-    wrong = TypeError(f"step sizes, rates, levels and tolerances must be numbers; got {value!r}.")
+    wrong = TypeError(f"{name} must be a number; got {value!r}.")
     if isinstance(value, str):  # NumPy would read the number in it
         raise wrong
     try:

@@ -148,7 +148,7 @@ def test_the_loss_of_a_step_has_the_gradient_of_the_step(regularizers):
     net = gf.init.gaussian((2, 3, 1), jax.random.key(5))
     stream = Stream(jnp.zeros((2,), jnp.uint32), jnp.arange(1), jnp.arange(1))
     draw = jax.tree.map(lambda leaf: leaf[0, ..., 0], problem.draw(stream, net.widths))
-    found = jax.jit(problem.sampled_gradient)(net.weights, draw)
+    found = jax.jit(lambda w: problem.sampled_gradient(w, draw))(net.weights)
     loss = jax.jit(lambda *weights: problem.sampled_loss(weights, draw))
     eps = 1e-6
     for i, layer in enumerate(net.weights):
