@@ -15,7 +15,6 @@ from gradflow.dynamics.descent import GradientDescent
 from gradflow.dynamics.gradient_flow import GradientFlow
 from gradflow.dynamics.heavy_ball_flow import HeavyBallFlow
 from gradflow.dynamics.modified_flow import ModifiedFlow, modified_drift
-from gradflow.dynamics.optimizers import first_line
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.dynamics.stochastic_flow import StochasticFlow
 from gradflow.dynamics.svag import SVAG
@@ -31,6 +30,7 @@ from gradflow.loss import loss
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.products import in_groups, product
+from gradflow.regularizers.base import first_line
 from gradflow.theory.drift import flow_imbalance_drift, imbalance_drift
 from gradflow.theory.floor import (
     INSTEAD,

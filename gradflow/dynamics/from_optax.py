@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradflow.dynamics.optimizers import first_line, is_transformation, slope
+from gradflow.dynamics.optimizers import is_transformation, slope
+from gradflow.regularizers.base import first_line
 
 
 class FromOptax(eqx.Module):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradflow.regularizers.base import first_line
 from gradflow.types import Scalar, Weights
 
 ROWS = ((1.0, 2.0), (3.0, 5.0))
@@ -25,11 +26,6 @@ def takes_learning_rate(optimizer: Any) -> bool:
     return getattr(optimizer, "is_optimizer", False) or (
         callable(function) and "learning_rate" in inspect.signature(function).parameters
     )
-
-
-def first_line(error: BaseException) -> str:
-    """An error of another library in one line, without the full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def slope(transformation: Any) -> float:

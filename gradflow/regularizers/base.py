@@ -40,6 +40,11 @@ def as_parameter(value: ArrayLike, name: str = "a step size, rate, level or tole
         raise wrong from error
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of other code says, in one line and without the full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def check_nonnegative(name: str, value: Array) -> None:
     """Raise a `ValueError` that names the field unless `value` is a finite number >= 0.
 
