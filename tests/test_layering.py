@@ -116,6 +116,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "flattest",
     ),
     "solvers": (
+        "promotion",
         "collocation",
         "krylov",
         "stage_equations",

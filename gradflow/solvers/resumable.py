@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from gradflow.solvers.promotion import promoting
 from gradflow.types import Scalar
 
 SHRINK = 0.1
@@ -70,6 +71,7 @@ class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
         """Pass the direction of integration on to the wrapped controller."""
         return eqx.tree_at(lambda c: c.controller, self, self.controller.wrap(direction))
 
+    @promoting
     def init(
         self,
         terms: Any,
@@ -93,6 +95,7 @@ class ResumableController(diffrax.AbstractAdaptiveStepSizeController):
         )
         return end, (inner, end - t0)
 
+    @promoting
     def adapt_step_size(
         self,
         t0: Any,

@@ -172,7 +172,7 @@ def test_a_function_that_gives_no_number_is_refused(function: Any, message: str,
 
 
 def test_a_penalty_has_a_name():
-    with pytest.raises(TypeError, match="Penalty.name must be a text such as 'l1'; got ''"):
+    with pytest.raises(TypeError, match=r"Penalty\.name must be a text such as 'l1'; got ''"):
         gf.Penalty(squares, name="")
 
 
