@@ -117,6 +117,10 @@ ORDERED: dict[str, tuple[str, ...]] = {
     ),
     "solvers": (
         "promotion",
+        "grid_path",
+        "resumable",
+        "small_noise",
+        "several_steps",
         "collocation",
         "krylov",
         "stage_equations",

@@ -68,6 +68,7 @@ def test_exponentials(name, kind):
     np.testing.assert_allclose(found, 2.0 * np.exp(rates), rtol=3e-7)
 
 
+@pytest.mark.filterwarnings("ignore:Complex dtype support")
 def test_a_field_of_complex_numbers_need_not_be_holomorphic():
     """z' = -2 Re z - 3i Im z: the two parts decay at rates of their own."""
     solution = diffrax.diffeqsolve(
@@ -82,6 +83,7 @@ def test_a_field_of_complex_numbers_need_not_be_holomorphic():
     np.testing.assert_allclose(np.asarray(solution.ys)[0], [exact], rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_derivatives_of_the_collocation():
     found = jax.grad(lambda a: end(gf.GaussLegendre(), RATES["real"], a, False).sum())(2.0)
     np.testing.assert_allclose(found, np.exp(RATES["real"]).sum(), rtol=1e-7)
@@ -96,7 +98,7 @@ def test_the_solvers_of_a_grid(solver):
         diffrax.ODETerm(lambda t, y, args: -0.1 * y),
         diffrax.ControlTerm(lambda t, y, args: jnp.full((1, 1), 0.2), path),
     )
-    steps = 4 if isinstance(solver, SmallNoise) else 2
+    steps = 4 if type(solver) is SmallNoise else 2
     solution = diffrax.diffeqsolve(
         terms, solver, t0=0.0, t1=4.0, dt0=4.0 / steps, y0=jnp.ones(1),
         stepsize_controller=diffrax.ConstantStepSize(),
