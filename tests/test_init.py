@@ -271,13 +271,13 @@ def test_the_key_is_third_everywhere_and_may_stand_second():
                 np.testing.assert_array_equal(a, b)
         plain = make((2, 3, 1), key)
         np.testing.assert_allclose(by_name.weights[0], 0.5 * plain.weights[0], rtol=1e-15)
-        with pytest.raises(ValueError, match="init.key: is needed to draw weights"):
+        with pytest.raises(ValueError, match=r"init\.key: is needed to draw weights"):
             make((2, 3, 1))
-        with pytest.raises(ValueError, match="init.key: is needed to draw weights"):
+        with pytest.raises(ValueError, match=r"init\.key: is needed to draw weights"):
             make((2, 3, 1), 0.5)
 
 
 def test_a_masked_target_is_refused():
     masked = np.ma.masked_array([[1.0]], mask=[[True]])
-    with pytest.raises(ValueError, match="init.target: is a masked array"):
+    with pytest.raises(ValueError, match=r"init\.target: is a masked array"):
         init.balanced(masked, (1, 2, 1))
