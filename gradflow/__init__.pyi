@@ -65,13 +65,21 @@ from .network import DeepLinear as DeepLinear
 from .observables import Observable as Observable
 from .problem import Problem as Problem
 from .regularizers import (
+    AbstractActivationNoise as AbstractActivationNoise,
+    AbstractBatch as AbstractBatch,
+    AbstractDataNoise as AbstractDataNoise,
+    AbstractGradientNoise as AbstractGradientNoise,
+    AbstractLayerNoise as AbstractLayerNoise,
+    AbstractPenalty as AbstractPenalty,
     AbstractRegularizer as AbstractRegularizer,
+    AbstractWeightNoise as AbstractWeightNoise,
     DropConnect as DropConnect,
     Dropout as Dropout,
     GradientNoise as GradientNoise,
     InputNoise as InputNoise,
     LabelNoise as LabelNoise,
     Minibatch as Minibatch,
+    Penalty as Penalty,
     WeightDecay as WeightDecay,
     WeightNoise as WeightNoise,
 )

@@ -18,6 +18,7 @@ from gradflow import (
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.from_optax import FromOptax
 from gradflow.regularizers.base import AbstractRegularizer
+from gradflow.regularizers.penalty import Penalty
 from gradflow.solvers.switching import Switching
 
 RENAMED = {"kind": "distribution", "schedule": "step_size"}
@@ -130,6 +131,8 @@ def check_rebuilds(part: AbstractDynamics | AbstractRegularizer) -> None:
 
 def _culprit(part: AbstractDynamics | AbstractRegularizer) -> str:
     """The field that cannot be held, and what to write there, where it is a function of optax."""
+    if isinstance(part, Penalty):
+        return f".function of {part.name!r} is a function of your own, which no file brings back"
     for field in ("optimizer", "schedule"):
         value = getattr(part, field, None)
         if value is None or isinstance(value, FromOptax):

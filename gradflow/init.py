@@ -8,7 +8,7 @@ both, so the initialisation decides them.
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import SupportsIndex, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,11 @@ Widths: TypeAlias = Sequence[SupportsIndex]
 Matrix: TypeAlias = ArrayLike | Sequence[Sequence[float | int]]
 
 
-def gaussian(widths: Widths, key: PRNGKeyArray, scale: float | int = 1.0) -> DeepLinear:
+def gaussian(
+    widths: Widths,
+    scale: float | int | PRNGKeyArray = 1.0,
+    key: PRNGKeyArray | float | int | None = None,
+) -> DeepLinear:
     r"""Independent entries $(W_i)_{kl} \sim \mathcal N(0, \text{scale}^2 / d_{i-1})$.
 
     The variance over the fan-in keeps $\mathbb E|W_i v|^2 = \text{scale}^2 \, d_i/d_{i-1} |v|^2$.
@@ -32,19 +36,23 @@ def gaussian(widths: Widths, key: PRNGKeyArray, scale: float | int = 1.0) -> Dee
     **Arguments:**
 
     - `widths`: $(d_0, ..., d_N)$, input first.
-    - `key`: random key.
     - `scale`: positive factor of every layer.
+    - `key`: random key, third as in all of `init`; `gaussian(widths, key, scale)` is the same.
 
     **Raises:** `ValueError` if a width is not a positive integer or the scale not positive.
     """
     sizes = _checked_widths(widths)
-    scale = _checked_scale(scale)
+    factor, random = _scale_and_key(scale, key)
     shapes = tuple((above, below) for below, above in pairwise(sizes))
-    layers = _normals(_checked_key(key), shapes)
-    return DeepLinear([scale / np.sqrt(w.shape[1]) * w for w in layers])
+    layers = _normals(random, shapes)
+    return DeepLinear([factor / np.sqrt(w.shape[1]) * w for w in layers])
 
 
-def orthogonal(widths: Widths, key: PRNGKeyArray, scale: float | int = 1.0) -> DeepLinear:
+def orthogonal(
+    widths: Widths,
+    scale: float | int | PRNGKeyArray = 1.0,
+    key: PRNGKeyArray | float | int | None = None,
+) -> DeepLinear:
     r"""Independent uniformly distributed semi-orthogonal layers times a scale.
 
     $W_i W_i^\top = \text{scale}^2 I$ if $d_i \le d_{i-1}$, else
@@ -53,8 +61,8 @@ def orthogonal(widths: Widths, key: PRNGKeyArray, scale: float | int = 1.0) -> D
     **Arguments:**
 
     - `widths`: $(d_0, ..., d_N)$, input first.
-    - `key`: random key.
     - `scale`: positive singular value of every layer.
+    - `key`: random key, third as in all of `init`; `orthogonal(widths, key, scale)` is the same.
 
     **Raises:** `ValueError` if a width is not a positive integer or the scale not positive.
 
@@ -62,9 +70,9 @@ def orthogonal(widths: Widths, key: PRNGKeyArray, scale: float | int = 1.0) -> D
     in deep linear neural networks", ICLR 2014.
     """
     sizes = _checked_widths(widths)
-    scale = _checked_scale(scale)
+    factor, random = _scale_and_key(scale, key)
     shapes = tuple((above, below) for below, above in pairwise(sizes))
-    return DeepLinear([scale * w for w in _semi_orthogonal(_checked_key(key), shapes)])
+    return DeepLinear([factor * w for w in _semi_orthogonal(random, shapes)])
 
 
 def balanced(
@@ -291,6 +299,11 @@ def _checked_widths(widths: Widths) -> tuple[int, ...]:
 
 
 def _checked_numbers(target: object) -> Float[np.ndarray, "..."]:
+    if np.ma.isMaskedArray(target):
+        raise ValueError(
+            "init.target: is a masked array, whose mask would be lost; give a full matrix, such as "
+            "target.filled(0.0)."
+        )
     try:
         return np.asarray(target, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -299,16 +312,29 @@ def _checked_numbers(target: object) -> Float[np.ndarray, "..."]:
         ) from error
 
 
-def _checked_scale(scale: float | int | Float[np.ndarray, ""]) -> float:
+def _checked_scale(scale: Any) -> float:
     value = float(scale)
     if not 0 < value < np.inf:
         raise ValueError(f"init.scale: got {value}; it must be a positive finite number.")
     return value
 
 
+def _scale_and_key(scale: object, key: object) -> tuple[float, PRNGKeyArray]:
+    """Both in the order of `balanced`, or the key before the scale."""
+    if _is_key(scale):
+        scale, key = 1.0 if key is None else key, scale
+    if key is None:
+        raise ValueError("init.key: is needed to draw weights; pass key=jax.random.key(0).")
+    return _checked_scale(scale), _checked_key(key)
+
+
 def _checked_key(key: object) -> PRNGKeyArray:
-    if not isinstance(key, Array) or not (
-        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == np.uint32
-    ):
+    if not isinstance(key, Array) or not _is_key(key):
         raise TypeError(f"init.key: got {key!r}; pass a random key such as jax.random.key(0).")
     return key
+
+
+def _is_key(value: object) -> bool:
+    return isinstance(value, Array) and (
+        jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or value.dtype == np.uint32
+    )

@@ -85,6 +85,11 @@ class DeepLinear(eqx.Module):
 
 
 def _as_layer(i: int, values: Any) -> Float[Array, "..."]:
+    if np.ma.isMaskedArray(values):
+        raise ValueError(
+            f"weights: W_{i} is a masked array, whose mask would be lost; give a full matrix, such "
+            "as values.filled(0.0)."
+        )
     try:
         return jnp.asarray(values, jnp.result_type(float))
     except (TypeError, ValueError) as error:

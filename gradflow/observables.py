@@ -30,6 +30,7 @@ from gradflow.loss import loss
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.products import in_groups, product
+from gradflow.regularizers.base import first_line
 from gradflow.theory.drift import flow_imbalance_drift, imbalance_drift
 from gradflow.theory.floor import (
     INSTEAD,
@@ -351,11 +352,30 @@ def observe(
     problem: Problem,
     dynamics: AbstractDynamics,
 ) -> dict[str, Array]:
-    """Every observable of every path; arrays end in the path axis."""
+    """Every observable of every path; arrays end in the path axis.
+
+    **Raises:** `TypeError` naming an observable of the user's own that fails.
+    """
 
     def one(w: Weights) -> dict[str, Array]:
         net = DeepLinear(w)
-        return {o.name: o.evaluate(net, problem, dynamics) for o in observables}
+        return {o.name: _evaluated(o, net, problem, dynamics) for o in observables}
 
     of_path, work = traced(one, tuple(w[..., 0] for w in weights))
     return in_groups(over_paths(of_path), weights, decomposed_together(weights, work))
+
+
+def _evaluated(
+    observable: Observable, net: DeepLinear, problem: Problem, dynamics: AbstractDynamics
+) -> Array:
+    if observable is BUILT_IN.get(observable.name):
+        return observable.evaluate(net, problem, dynamics)
+    try:
+        value = observable.evaluate(net, problem, dynamics)
+        return jnp.asarray(value, jnp.result_type(value, float))
+    except Exception as error:  # whatever the user's function raises
+        raise TypeError(
+            f"observables: {observable.name!r} failed ({type(error).__name__}: "
+            f"{first_line(error)}); it is compiled with the run, so write it in jax.numpy, without "
+            "float(), if or numpy on what it is given, and return an array of real numbers."
+        ) from error

@@ -39,6 +39,7 @@ from gradflow.regularizers.sampled import (
     draw_noise,
     is_gaussian,
     sampled_gradient,
+    sampled_loss,
     weight_shift,
 )
 from gradflow.streams import Stream
@@ -239,6 +240,15 @@ class Problem(eqx.Module):
         `weights` plus `weight_shift`. `penalties=False` leaves the penalties out.
         """
         return sampled_gradient(
+            self.data, self.regularizers, weights, self.noise_moments, draw, penalties
+        )
+
+    def sampled_loss(self, weights: Weights, draw: Any, penalties: bool = True) -> Scalar:
+        """The loss of one step of one path under a draw, whose gradient `sampled_gradient` is.
+
+        **Raises:** `ValueError` where no loss has that gradient.
+        """
+        return sampled_loss(
             self.data, self.regularizers, weights, self.noise_moments, draw, penalties
         )
 

@@ -26,6 +26,9 @@ MOST_SCHEDULED = 2**26
 SCHEDULED_AT_ONCE = 2**12
 """Step sizes of a schedule that are evaluated in one call."""
 
+MOST_STANDING = 2**20
+"""Steps of size 0 in a row after which a schedule is taken to stay there."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -119,7 +122,12 @@ def _scheduled(
                 f"steps={steps}: at most {MOST_SCHEDULED} steps can follow a step-size schedule; "
                 "continue from the final network."
             )
-        times = _step_times(step_sizes, steps, np.inf)[: steps + 1]
+        times = _step_times(step_sizes, steps, np.inf)
+        if times[-1] == 0.0:
+            raise ValueError(
+                f"GradientDescent.step_size: the schedule is 0 at all {steps} steps of the run; "
+                "make the run longer or the schedule larger."
+            )
     else:
         times = _step_times(step_sizes, MOST_SCHEDULED, float(t1))
         if times[-1] < t1:
@@ -129,7 +137,7 @@ def _scheduled(
             )
         last = int(_nearest(times, np.asarray([t1]))[0])
         if last < 1:
-            raise ValueError(_too_short(t1, times[1]))
+            raise ValueError(_too_short(t1, times[times > 0.0][0]))
         times = times[: last + 1]
     end = times[-1] if t1 is None else max(float(t1), times[-1])
     if isinstance(save, int | np.integer):
@@ -137,7 +145,7 @@ def _scheduled(
         if spacing == "lin":
             wanted = times if count >= times.size else np.linspace(0.0, times[-1], count)
         else:
-            wanted = np.append(0.0, np.geomspace(times[-1], times[1], count - 1))
+            wanted = np.append(0.0, np.geomspace(times[-1], times[times > 0.0][0], count - 1))
     else:
         wanted = _checked_times(save, end)
     saved = np.unique(np.append(0, _nearest(times, wanted)))
@@ -145,31 +153,43 @@ def _scheduled(
 
 
 def _step_times(step_sizes: Callable[[Any], Any], steps: int, t1: float) -> np.ndarray:
-    """The flow times of the first steps: up to the first beyond `t1`, at most `steps` of them."""
-    pieces, count, time = [np.zeros(1)], 0, 0.0
-    while count < steps and time < t1:
+    """The flow times of the first steps: up to the first beyond `t1`, at most `steps` of them.
+
+    A step of size 0 takes none, and 0 is what a schedule means by a rounding error below it. One
+    that stays at 0 is not followed to a `t1` beyond it.
+    """
+    pieces, count, time, standing, largest = [np.zeros(1)], 0, 0.0, 0, 0.0
+    rounding = 8.0 * float(jnp.finfo(jnp.result_type(float)).eps)
+    while count < steps and time < t1 and not (standing >= MOST_STANDING and t1 < np.inf):
         some = np.arange(count, count + SCHEDULED_AT_ONCE)
         h = np.asarray(scheduled_step_sizes(step_sizes, jnp.asarray(some)), dtype=float)
         h = h[: steps - count]
+        largest = max(largest, float(np.max(h, initial=0.0, where=np.isfinite(h))))
+        h = np.where((h < 0.0) & (h > -rounding * largest), 0.0, h)
         after = time + np.cumsum(h)
         reached = int(np.argmax(after >= t1)) + 1 if np.any(after >= t1) else h.size
-        wrong = np.flatnonzero(~(np.isfinite(h[:reached]) & (h[:reached] > 0.0)))
+        wrong = np.flatnonzero(~(np.isfinite(h[:reached]) & (h[:reached] >= 0.0)))
         if wrong.size:
             first = int(wrong[0])
             raise ValueError(
                 f"GradientDescent.step_size: the schedule gives {h[first]} at step "
-                f"{count + first}; it must be a finite number > 0 at every step of the run (end "
-                "the run before the schedule does, or keep the schedule above 0)."
+                f"{count + first}; it must be a finite number >= 0 at every step of the run (end "
+                "the run before the schedule does, or keep the schedule from falling below 0)."
             )
         pieces.append(after[:reached])
+        standing = 0 if np.any(h[:reached]) else standing + reached
         count, time = count + reached, float(after[reached - 1])
     return np.concatenate(pieces)
 
 
 def _nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The steps whose times are nearest to the wanted ones."""
+    """The steps whose times are nearest to the wanted ones.
+
+    Of several at one time, with steps of size 0 between them, the first one; the last at the end.
+    """
     above = np.clip(np.searchsorted(times, wanted), 1, times.size - 1)
-    return above - (wanted - times[above - 1] <= times[above] - wanted)
+    near = times[above - (wanted - times[above - 1] <= times[above] - wanted)]
+    return np.where(near == times[-1], times.size - 1, np.searchsorted(times, near))
 
 
 def _count(save: int) -> int:

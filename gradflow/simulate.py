@@ -270,6 +270,10 @@ def repeat(trajectory: Trajectory | EnsembleStatistics) -> Trajectory | Ensemble
         )
     times = json.loads(trajectory.attrs["save"])
     single = len(trajectory.start) == 1
+    length: dict[str, Any] = {"t1": times[-1]}
+    scheduled = getattr(trajectory.dynamics, "schedule", None) is not None
+    if scheduled and trajectory.step is not None and not trajectory.interrupted:
+        length = {"steps": int(trajectory.step[-1])}  # steps of size 0 may stand at the end
     kept: dict[str, Any] = {"store_weights": bool(trajectory.attrs["store_weights"])}
     if isinstance(trajectory, EnsembleStatistics):
         probabilities = trajectory.to_xarray()["quantile"].values.tolist()
@@ -278,7 +282,7 @@ def repeat(trajectory: Trajectory | EnsembleStatistics) -> Trajectory | Ensemble
         trajectory.problem,
         trajectory.start[0] if single else trajectory.start,
         trajectory.dynamics,
-        t1=times[-1],
+        **length,
         replicas=trajectory.replicas,
         key=trajectory.key,
         normals=trajectory.normals,

@@ -1,5 +1,6 @@
 """The paths that a run leaves."""
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -89,5 +90,9 @@ class Trajectory(AbstractOutcome):
             )
         return self._dataset[name].values
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._dataset
+
+    def __iter__(self) -> Iterator[str]:
+        """The names that `run[name]` takes: recorded observables, and layers if stored."""
+        return (str(name) for name in self._dataset.data_vars)

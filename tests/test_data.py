@@ -15,6 +15,7 @@ from hypothesis import given, strategies as st
 from sklearn.linear_model import LinearRegression
 from sklearn.preprocessing import StandardScaler
 
+import gradflow as gf
 from gradflow.data import Regression
 
 DERIVED = ("sxx_eigenvalues", "sxx_eigenvectors", "residual_sqrt", "best_map")
@@ -589,3 +590,18 @@ def test_text_in_a_column_is_found_where_it_stands(tmp_path):
     path.write_text("a,y\n1.5,1\n2.5,2\nfoo,3\n")
     with pytest.raises(ValueError, match=r"column 'a' is not numeric .*row 2, .*'foo'"):
         Regression.from_file(path, targets="y")
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda m: gf.Regression.from_samples(m, np.ones((2, 1))), "data.x"),
+        (lambda m: gf.Regression.from_samples(np.array([[1.0], [2.0]]), m), "data.y"),
+        (lambda m: gf.Regression.whitened(m), "data.target"),
+        (lambda m: gf.DeepLinear([m]), "weights: W_1"),
+    ],
+)
+def test_a_mask_is_not_dropped_in_silence(make, field):
+    masked = np.ma.masked_array([[1.0], [1e6]], mask=[[False], [True]])
+    with pytest.raises(ValueError, match=f"{field}.* masked array, whose mask would be lost"):
+        make(masked)

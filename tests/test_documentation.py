@@ -1,4 +1,4 @@
-"""The Python code of the README and of docs/slow_flow.md runs as it stands."""
+"""The Python code of the README and of the pages in docs/ runs as it stands."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/slow_flow.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/slow_flow.md", "docs/regularizers.md"])
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """Blocks run one after the other; the second page starts from the imports of the first."""
     monkeypatch.chdir(tmp_path)

@@ -260,3 +260,24 @@ def test_bad_key():
     for make in (init.gaussian, init.orthogonal):
         with pytest.raises(TypeError, match=re.escape("init.key: got 3; pass a random key")):
             make.__wrapped__((2, 2), 3)
+
+
+def test_the_key_is_third_everywhere_and_may_stand_second():
+    key = jax.random.key(3)
+    for make in (init.gaussian, init.orthogonal):
+        by_name = make((2, 3, 1), scale=0.5, key=key)
+        for net in (make((2, 3, 1), 0.5, key), make((2, 3, 1), key, 0.5)):
+            for a, b in zip(net.weights, by_name.weights, strict=True):
+                np.testing.assert_array_equal(a, b)
+        plain = make((2, 3, 1), key)
+        np.testing.assert_allclose(by_name.weights[0], 0.5 * plain.weights[0], rtol=1e-15)
+        with pytest.raises(ValueError, match=r"init\.key: is needed to draw weights"):
+            make((2, 3, 1))
+        with pytest.raises(ValueError, match=r"init\.key: is needed to draw weights"):
+            make((2, 3, 1), 0.5)
+
+
+def test_a_masked_target_is_refused():
+    masked = np.ma.masked_array([[1.0]], mask=[[True]])
+    with pytest.raises(ValueError, match=r"init\.target: is a masked array"):
+        init.balanced(masked, (1, 2, 1))

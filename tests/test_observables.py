@@ -337,3 +337,63 @@ def test_refuses_names_that_make_no_sense(spec: Any, message: str):
 
 def test_names_that_only_look_like_layers_are_free():
     assert resolve({"W_total": zero})[0].name == "W_total"
+
+
+def as_float(net: gf.DeepLinear, problem: gf.Problem) -> Any:
+    return float(net.end_to_end[0, 0])
+
+
+def of_numpy(net: gf.DeepLinear, problem: gf.Problem) -> Any:
+    return np.linalg.norm(np.asarray(net.end_to_end))
+
+
+def with_if(net: gf.DeepLinear, problem: gf.Problem) -> Any:
+    return net.end_to_end if net.end_to_end[0, 0] > 0 else 0.0
+
+
+def of_three(net: gf.DeepLinear, problem: gf.Problem, dynamics: Any) -> Any:
+    return 0.0
+
+
+def nothing(net: gf.DeepLinear, problem: gf.Problem) -> Any:
+    return None
+
+
+def text(net: gf.DeepLinear, problem: gf.Problem) -> Any:
+    return "loss"
+
+
+@pytest.mark.parametrize(
+    ("function", "cause"),
+    [
+        (as_float, "ConcretizationTypeError"),
+        (of_numpy, "TracerArrayConversionError"),
+        (with_if, "TracerBoolConversionError"),
+        (of_three, "TypeError: .*missing 1 required positional argument"),
+        (nothing, "(TypeError|ValueError)"),
+        (text, "TypeError"),
+    ],
+)
+@pytest.mark.parametrize("as_object", [False, True])
+def test_an_observable_that_fails_is_named(function: Any, cause: str, as_object: bool):
+    problem, net = gf.Problem(gf.Regression.whitened([[1.0]])), gf.DeepLinear([[[2.0]], [[0.1]]])
+    own: Any = {"loss": None, "mine": function}
+    if as_object:
+        own = ["loss", gf.Observable("mine", "mine", "1", lambda n, p, d: function(n, p))]
+    message = rf"^observables: 'mine' failed \({cause}.*\); .* write it in jax.numpy"
+    with pytest.raises(TypeError, match=message) as caught:
+        gf.simulate(problem, net, gf.GradientDescent(0.1), steps=2, observables=own)
+    assert "\n" not in str(caught.value)
+
+
+def test_own_numbers_of_every_kind_are_real_numbers():
+    problem, net = gf.Problem(gf.Regression.whitened([[1.0]])), gf.DeepLinear([[[2.0]], [[0.1]]])
+    own = {
+        "truth": lambda n, p: n.end_to_end[0, 0] > 0.0,
+        "count": lambda n, p: 3,
+        "constant": lambda n, p: np.array([1.0, 2.0]),
+    }
+    run = gf.simulate(problem, net, gf.GradientDescent(0.1), steps=2, observables=own)
+    for name, value in (("truth", 1.0), ("count", 3.0), ("constant", [1.0, 2.0])):
+        np.testing.assert_array_equal(run[name], np.broadcast_to(value, run[name].shape))
+        assert run[name].dtype == np.float64

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -139,13 +140,78 @@ def test_steps_of_a_second_order_flow_are_those_of_the_descent():
     np.testing.assert_allclose(made.marks, [0.0, 0.5, 1.0, 1.5, 2.0], rtol=1e-14)
 
 
-def test_a_schedule_must_stay_above_zero_during_the_run():
-    vanishing = gf.GradientDescent(optax.linear_schedule(0.1, 0.0, 100))
-    assert plan(vanishing, steps=100, save=2).marks.tolist() == [0, 100]
-    with pytest.raises(ValueError, match=r"the schedule gives -?\d.* at step 100; it must be"):
-        plan(vanishing, steps=101)
-    with pytest.raises(ValueError, match=r"the schedule gives -?\d.* at step 100; it must be"):
+def test_a_schedule_must_not_fall_below_zero_during_the_run():
+    for step_sizes, first in (
+        (lambda k: 0.1 * jnp.where(k < 100, 1.0, -1.0), -0.1),
+        (lambda k: 0.1 * jnp.where(k < 100, 1.0, jnp.nan), "nan"),
+        (lambda k: 0.1 * jnp.where(k < 100, 1.0, jnp.inf), "inf"),
+    ):
+        falling = gf.GradientDescent(step_sizes)
+        assert plan(falling, steps=100, save=2).marks.tolist() == [0, 100]
+        message = rf"the schedule gives {first} at step 100; it must be a finite number >= 0"
+        for options in ({"steps": 101}, {"t1": 10.5}):
+            with pytest.raises(ValueError, match=message):
+                plan(falling, **options)
+
+
+WARM_UP = gf.GradientDescent(
+    optax.warmup_cosine_decay_schedule(0.0, 0.1, warmup_steps=4, decay_steps=12)
+)
+"""Step sizes 0, 1/40, ..., 3/40, then half a cosine from 1/10 at step 4 to 0 at step 12 and on."""
+RISE_AND_FALL = np.append(
+    0.1 * np.arange(4) / 4, 0.05 * (1.0 + np.cos(np.pi * np.minimum(np.arange(12), 8) / 8))
+)
+
+
+def test_a_schedule_may_start_and_end_at_zero():
+    times = np.append(0.0, np.cumsum(RISE_AND_FALL))
+    made = plan(WARM_UP, steps=16, save=101)
+    # Steps 0 and 1 are at time 0; step 12 arrives where the steps of size 0 keep the rest.
+    assert made.marks.tolist() == [0, *range(2, 12), 16]
+    np.testing.assert_allclose(made.time, times[made.marks], rtol=1e-14)
+    assert np.all(np.diff(made.time) > 0.0)
+    assert plan(WARM_UP, steps=16, save=[0.0, times[5], times[-1]]).marks.tolist() == [0, 5, 16]
+    assert plan(WARM_UP, t1=float(times[-1]) - 1e-3, save=2).marks.tolist() == [0, 12]
+    log = plan(WARM_UP, steps=16, save=4, spacing="log")
+    wanted = np.geomspace(times[2], times[-1], 3)
+    inner = int(np.argmin(np.abs(times - wanted[1])))
+    assert log.marks.tolist() == [0, 2, inner, 16]
+
+
+def test_a_pause_is_saved_once():
+    paused = gf.GradientDescent(lambda k: jnp.where((k >= 2) & (k < 6), 0.0, 0.1))
+    assert plan(paused, steps=9, save=101).marks.tolist() == [0, 1, 2, 7, 8, 9]
+    assert plan(paused, steps=9, save=[0.2, 0.3]).marks.tolist() == [0, 2, 7]
+    assert plan(paused, steps=9, save=[0.22, 0.28]).marks.tolist() == [0, 2, 7]
+    assert plan(paused, t1=0.22, save=2).marks.tolist() == [0, 2]
+
+
+def test_a_schedule_that_stays_at_zero_ends_no_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(schedules, "MOST_STANDING", 10_000)
+    vanishing = gf.GradientDescent(optax.linear_schedule(0.1, 0.0, 100))  # -2e-18 from 100 on
+    end = 0.1 * 101 / 2
+    with pytest.raises(ValueError, match=rf"t1=6: .* only reached t = {end:g} after \d\d,?\d+ st"):
         plan(vanishing, t1=6.0)
+    assert plan(vanishing, steps=30_000, save=2).marks.tolist() == [0, 30_000]
+    still = gf.GradientDescent(lambda k: 0.0 * k)
+    with pytest.raises(ValueError, match="schedule is 0 at all 5 steps of the run"):
+        plan(still, steps=5)
+    with pytest.raises(ValueError, match="only reached t = 0"):
+        plan(still, t1=1.0)
+
+
+def test_a_step_of_size_zero_does_nothing():
+    problem, net = gf.Problem(gf.Regression.whitened([[1.0]])), gf.DeepLinear([[[2.0]], [[0.1]]])
+    run = gf.simulate(problem, net, WARM_UP, steps=16, save=101)
+    w, path = np.array([2.0, 0.1]), []
+    for h in (*RISE_AND_FALL, 0.0):
+        path.append(w)
+        w = w - h * (w[0] * w[1] - 1.0) * w[::-1]
+    assert run.step is not None
+    for i, layer in enumerate(run.weights):
+        np.testing.assert_allclose(layer[:, 0, 0], np.array(path)[run.step, i], rtol=1e-13)
+    again = gf.repeat(run)
+    assert np.array_equal(again.step, run.step) and np.array_equal(again["loss"], run["loss"])
 
 
 def test_a_schedule_that_does_not_get_there_is_noticed(monkeypatch: pytest.MonkeyPatch):

@@ -301,3 +301,11 @@ def test_saving_what_a_file_could_not_bring_back(
         run.save(tmp_path / "run.nc")
     assert list(tmp_path.iterdir()) == []
     run.to_xarray().to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
+
+
+def test_iterating_gives_the_names_that_it_takes():
+    problem, net = gf.Problem(gf.Regression.whitened([[1.0]])), gf.DeepLinear([[[2.0]], [[0.1]]])
+    run = gf.simulate(problem, net, gf.GradientDescent(0.1), steps=2, save=2)
+    names = list(run)
+    assert {"loss", "imbalance", "W1", "W2"} <= set(names) and all(name in run for name in names)
+    assert all(run[name].shape[0] == 2 for name in ("loss", "imbalance"))

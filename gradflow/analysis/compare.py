@@ -357,5 +357,5 @@ def _steps(dynamics: Mapping[str, AbstractDynamics]) -> dict[str, float]:
     return {
         label: float(one.step_size)
         for label, one in dynamics.items()
-        if one.ticks_per_step is not None and one.step_size is not None
+        if one.ticks_per_step is not None and one.step_size  # a schedule may begin at 0
     }

@@ -36,6 +36,7 @@ from gradflow.network import DeepLinear
 from gradflow.observables import theory_options
 from gradflow.problem import Problem
 from gradflow.progress import announced
+from gradflow.regularizers.weight_decay import WeightDecay
 from gradflow.theory.drift import imbalance_drift
 from gradflow.theory.floor import total_decay
 from gradflow.theory.stationary import stationary_covariance
@@ -102,6 +103,7 @@ def predict(
     check_network(net)
     check_widths(net, problem)
     check_double(net.weights, "predict")
+    _check_penalties(problem)
     dynamics = _as_dynamics(dynamics, momentum, decay)
     with announced("predicting (compiled at the first call)"):
         return _predicted(_Run(problem, net, dynamics, eps))
@@ -128,6 +130,16 @@ def _predicted(run: "_Run") -> Prediction:
         )
     note = "; ".join(text for text in notes if text)
     return _summary(dynamics, own, leading, finite, slow, run.eps, note, start.overlap)
+
+
+def _check_penalties(problem: Problem) -> None:
+    """Raise a `ValueError` for a penalty whose second order in the step size is not known."""
+    others = [type(r).__name__ for r in problem.penalties if not isinstance(r, WeightDecay)]
+    if others:
+        raise ValueError(
+            f"regularizers: of all penalties predictions cover WeightDecay alone, not "
+            f"{', '.join(others)}; simulate SlowFlow, which covers them to leading order."
+        )
 
 
 def _as_dynamics(

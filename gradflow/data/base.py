@@ -183,6 +183,11 @@ def list_names(names: Sequence[str]) -> str:
 
 def _numbers(value: MatrixLike, field: str) -> Float[np.ndarray, "..."]:
     """Convert to a new float64 array, keeping entries that are not finite."""
+    if np.ma.isMaskedArray(value):
+        raise ValueError(
+            f"{field}: got a masked array, whose mask would be lost; leave out what is masked, or "
+            "fill it with value.filled(...)."
+        )
     try:
         array = np.asarray(value)
     except ValueError as error:

@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from gradflow.dynamics.base import (
@@ -20,6 +21,13 @@ from gradflow.dynamics.base import (
 )
 from gradflow.dynamics.layers import added, minus_scaled, over_all_paths, penalty_gradient
 from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
+from gradflow.dynamics.optimizers import (
+    check_descends,
+    is_transformation,
+    started,
+    takes_learning_rate,
+    updated,
+)
 from gradflow.dynamics.settings import (
     Decay,
     check_velocity,
@@ -51,7 +59,8 @@ class GradientDescent(AbstractDynamics):
     **Arguments:**
 
     - `step_size`: $h > 0$, flow time per step; or a schedule: a function of the step number that
-        gives $h_k > 0$, as `optax` makes them. It must be traceable (`jnp.where` instead of `if`).
+        gives $h_k \ge 0$, as `optax` makes them (a warm-up from 0, a decay to 0). It must be
+        traceable (`jnp.where` instead of `if`).
     - `momentum`: $\beta$ in $[0, 1)$; heavy ball unless `nesterov`.
     - `nesterov`: look ahead; needs `momentum` > 0.
     - `decay`: "coupled" adds the gradient of the penalties to the gradient; "decoupled" keeps it
@@ -114,7 +123,7 @@ class GradientDescent(AbstractDynamics):
                     "momentum; set it there, as in functools.partial(optax.sgd, momentum=0.9)."
                 )
             made = self._transformation()
-            if not _is_transformation(made):
+            if not is_transformation(made):
                 raise TypeError(
                     "GradientDescent.optimizer must make an optax gradient transformation from a "
                     f"learning rate, as optax.adam does; it made {type(made).__name__}."
@@ -130,11 +139,13 @@ class GradientDescent(AbstractDynamics):
         return problem.is_stochastic
 
     def check(self, problem: Problem, weights: Weights) -> None:
-        """Raise if the velocity or the shared Brownian path does not fit.
+        """Raise if the velocity, the optimizer or the shared Brownian path does not fit.
 
         An unstable step size is no error: it shows as diverged replicas.
         """
         check_velocity("GradientDescent", self.velocity, weights)
+        if not (self.optimizer is None or takes_learning_rate(self.optimizer)):
+            check_descends(self.optimizer, self._transformation())
         if self.path_substeps > 1:
             check_gaussian("GradientDescent.path_substeps", self.path_substeps, problem)
 
@@ -145,7 +156,8 @@ class GradientDescent(AbstractDynamics):
             velocity = over_all_paths(self.velocity, weights)
         optimizer = None
         if self.optimizer is not None:
-            fresh = over_paths(self._transformation().init)(weights)
+            made = self._transformation()
+            fresh = over_paths(lambda w: started(made, w))(weights)
             # Some optimizers remember the weights; the run gives both buffers away.
             optimizer = jax.tree.map(jnp.copy, fresh)
         shift = over_all_paths(None, weights) if problem.has_weight_shift else None
@@ -208,7 +220,12 @@ class GradientDescent(AbstractDynamics):
         gradient = problem.sampled_gradient(weights, noise, coupled)
         velocity, optimizer, shift = memory.velocity, memory.optimizer, memory.shift
         if self.optimizer is not None:
-            update, optimizer = self._transformation().update(gradient, optimizer, weights)
+            made = self._transformation()
+
+            def loss(at: Weights) -> Scalar:
+                return problem.sampled_loss(at, noise, coupled)
+
+            update, optimizer = updated(made, gradient, optimizer, weights, loss)
             moved = added(weights, update)
         elif self.momentum is None or velocity is None:
             moved = minus_scaled(weights, h, gradient)
@@ -230,7 +247,7 @@ class GradientDescent(AbstractDynamics):
 
     def _transformation(self) -> Any:
         """The optax gradient transformation."""
-        if _is_transformation(self.optimizer):
+        if is_transformation(self.optimizer):
             return self.optimizer
         return self.optimizer(self.step_size if self.schedule is None else self.schedule)
 
@@ -259,6 +276,7 @@ def scheduled_step_sizes(
 
 
 def _first_step_size(schedule: Callable[[Any], Any]) -> Scalar:
+    r"""$h_0 \ge 0$ of a schedule; the others are looked at when a run asks for them."""
     try:
         (first,) = scheduled_step_sizes(schedule, jnp.zeros((1,), jnp.int32))
     except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
@@ -267,18 +285,16 @@ def _first_step_size(schedule: Callable[[Any], Any]) -> Scalar:
             "gives one number and can be traced by JAX (jnp.where instead of if); calling it "
             f"failed with {type(error).__name__}."
         ) from error
+    if not isinstance(first, Tracer) and float(first) == 0.0:
+        return first
     return checked_step_size("GradientDescent", first)
-
-
-def _is_transformation(value: Any) -> bool:
-    return hasattr(value, "init") and hasattr(value, "update")
 
 
 def _as_optimizer(optimizer: Any) -> Any:
     if isinstance(optimizer, functools.partial):
         # Two partials of equal contents are the same program to this one, not to functools'.
         return eqx.Partial(optimizer.func, *optimizer.args, **optimizer.keywords)
-    if optimizer is None or _is_transformation(optimizer) or callable(optimizer):
+    if optimizer is None or is_transformation(optimizer) or callable(optimizer):
         return optimizer
     raise TypeError(
         "GradientDescent.optimizer must be a function of the learning rate such as optax.adam, or "

@@ -248,7 +248,7 @@ def checked_tolerances(owner: str, rtol: ArrayLike, atol: ArrayLike) -> tuple[Sc
 
     **Raises:** `ValueError` naming the field of `owner` that does not lie in (0, 1).
     """
-    tolerances = as_parameter(rtol), as_parameter(atol)
+    tolerances = as_parameter(rtol, f"{owner}.rtol"), as_parameter(atol, f"{owner}.atol")
     for name, value in zip(("rtol", "atol"), tolerances, strict=True):
         if not 0.0 < float(value) < 1.0:
             raise ValueError(f"{owner}.{name} must lie in (0, 1); got {float(value)}.")

@@ -13,8 +13,16 @@ Decay = Literal["coupled", "decoupled"]
 
 
 def checked_step_size(owner: str, value: ArrayLike) -> Scalar:
-    """A step size as an array. **Raises:** `ValueError` unless it is finite and > 0."""
-    step_size = as_parameter(value)
+    """A step size as an array.
+
+    **Raises:** `TypeError` unless it is a number, `ValueError` unless it is finite and > 0.
+    """
+    if callable(value):
+        raise TypeError(
+            f"{owner}.step_size must be a number; got {value!r} (a schedule of step sizes is for "
+            "GradientDescent alone)."
+        )
+    step_size = as_parameter(value, f"{owner}.step_size")
     if step_size.ndim != 0:
         raise ValueError(f"{owner}.step_size must be a single number; got {value!r}.")
     h = float(step_size)
@@ -25,7 +33,7 @@ def checked_step_size(owner: str, value: ArrayLike) -> Scalar:
 
 def checked_momentum(owner: str, value: ArrayLike) -> Scalar:
     """A momentum as an array. **Raises:** `ValueError` unless it lies in [0, 1)."""
-    momentum = as_parameter(value)
+    momentum = as_parameter(value, f"{owner}.momentum")
     if momentum.ndim != 0:
         raise ValueError(f"{owner}.momentum must be a single number; got {value!r}.")
     beta = float(momentum)

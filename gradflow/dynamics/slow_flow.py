@@ -160,7 +160,7 @@ class SlowFlow(AbstractDynamics):
         self.decay = checked_decay("SlowFlow", decay)
         self.rtol, self.atol = checked_tolerances("SlowFlow", rtol, atol)
         self.solver = chosen_solver("SlowFlow", solver, stiff=False)
-        self.cell = None if cell is None else as_parameter(cell)
+        self.cell = None if cell is None else as_parameter(cell, "SlowFlow.cell")
         if self.cell is not None and not 0.0 < float(self.cell) < float("inf"):
             raise ValueError(
                 f"SlowFlow.cell must be a finite flow time > 0 or None; got {float(self.cell)}."

@@ -89,7 +89,7 @@ def flow_limit(
 
     **Returns:** the minimum (or where the search ended) and how it ended.
     """
-    rtol = as_parameter(rtol)
+    rtol = as_parameter(rtol, "rtol")
     enough = jnp.maximum(SETTLED, 100.0 * rtol)
 
     def field(t: Any, at: Weights, args: None) -> Weights:
@@ -142,8 +142,8 @@ def descent_limit(
 
     **Returns:** the minimum (or where the search ended) and how it ended.
     """
-    h = as_parameter(step_size)
-    beta = None if momentum is None else as_parameter(momentum)
+    h = as_parameter(step_size, "step_size")
+    beta = None if momentum is None else as_parameter(momentum, "momentum")
     limit = DIVERGED * (1.0 + _square(weights))
 
     def settled(at: Weights, velocity: Weights) -> Bool[Array, ""]:
@@ -206,7 +206,7 @@ def descent_projection(
     **Raises:** `ValueError` for a step size or momentum out of range, if the widths differ, descent
     diverges, stops at a saddle or takes too long, or the minimum is a singular point.
     """
-    h, beta = as_parameter(step_size), as_parameter(momentum)
+    h, beta = as_parameter(step_size, "step_size"), as_parameter(momentum, "momentum")
     if not 0.0 < float(h) < float("inf"):
         raise ValueError(f"step_size must be a finite number > 0; got {float(h)}.")
     if not 0.0 <= float(beta) < 1.0:

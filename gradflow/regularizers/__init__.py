@@ -16,5 +16,6 @@ from gradflow.regularizers.gradient_noise import GradientNoise as GradientNoise
 from gradflow.regularizers.input_noise import InputNoise as InputNoise
 from gradflow.regularizers.label_noise import LabelNoise as LabelNoise
 from gradflow.regularizers.minibatch import Minibatch as Minibatch
+from gradflow.regularizers.penalty import Penalty as Penalty
 from gradflow.regularizers.weight_decay import WeightDecay as WeightDecay
 from gradflow.regularizers.weight_noise import WeightNoise as WeightNoise

@@ -154,6 +154,14 @@ def averaged_gradient(
     return add_penalties(g, weights, regularizers) if penalties else g
 
 
+def total_penalty(weights: Weights, regularizers: Sequence[AbstractRegularizer]) -> Scalar:
+    """The sum of all penalties."""
+    return sum(
+        (r.penalty(weights) for r in regularizers if isinstance(r, AbstractPenalty)),
+        start=jnp.zeros(()),
+    )
+
+
 def add_penalties(
     gradient: Weights, weights: Weights, regularizers: Sequence[AbstractRegularizer]
 ) -> Weights:

@@ -26,18 +26,23 @@ from gradflow.streams import Stream
 from gradflow.types import EndToEnd, Scalar, Weights
 
 
-def as_parameter(value: ArrayLike) -> Scalar:
+def as_parameter(value: ArrayLike, name: str = "a step size, rate, level or tolerance") -> Scalar:
     """A rate or level as an array, so that a sweep over it does not recompile.
 
-    **Raises:** `TypeError` if it is not a number.
+    **Raises:** `TypeError` with the name of the field if it is not a number.
     """
-    wrong = TypeError(f"step sizes, rates, levels and tolerances must be numbers; got {value!r}.")
+    wrong = TypeError(f"{name} must be a number; got {value!r}.")
     if isinstance(value, str):  # NumPy would read the number in it
         raise wrong
     try:
         return jnp.asarray(value, jnp.result_type(float))
     except (TypeError, ValueError) as error:
         raise wrong from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of other code says, in one line and without the full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def check_nonnegative(name: str, value: Array) -> None:
@@ -124,7 +129,15 @@ class NoiseMoments(eqx.Module):
 
 
 class AbstractRegularizer(eqx.Module):
-    """One mechanism that moves training along the minima manifold."""
+    """One mechanism that moves training along the minima manifold.
+
+    To write one, derive from the class below it that says *where* it acts, never from this one:
+    `AbstractPenalty`, `AbstractBatch`, `AbstractDataNoise`, `AbstractWeightNoise`,
+    `AbstractActivationNoise` or `AbstractGradientNoise`. It is an `equinox.Module`: its settings
+    are fields, arrays where they are swept (`eqx.field(converter=jnp.asarray)`), static where they
+    choose a program. Every method is compiled, so it is written in `jax.numpy`. What it needs
+    beyond one path's arrays it gets as arguments. docs/regularizers.md has examples.
+    """
 
     @property
     @abc.abstractmethod
@@ -133,7 +146,11 @@ class AbstractRegularizer(eqx.Module):
 
 
 class AbstractPenalty(AbstractRegularizer):
-    """A deterministic term added to the loss."""
+    """A deterministic term added to the loss.
+
+    To write one, give `penalty`, `penalty_gradient` (`jax.grad(self.penalty)(weights)` will do) and
+    `is_stochastic`, which is False. `Penalty` makes one from a function.
+    """
 
     @abc.abstractmethod
     def penalty(self, weights: Weights) -> Scalar:
@@ -145,7 +162,14 @@ class AbstractPenalty(AbstractRegularizer):
 
 
 class AbstractBatch(AbstractRegularizer):
-    """A choice of the rows that enter one step."""
+    """A choice of the rows that enter one step.
+
+    To write one, give the sampled face (`size`, `check`, `draw`, `rows`) and the moments of the
+    noise that it makes: `covariance` is that of the batch's gradient with respect to the end-to-end
+    matrix at `moments`, `increment` a linear factor of it times normals of `normal_shape`, and
+    `feedback` its change with the second moment of the fluctuating end-to-end matrix. The mean over
+    draws must be the gradient of all rows. `Minibatch` is the example.
+    """
 
     @abc.abstractmethod
     def size(self) -> int:
@@ -193,7 +217,13 @@ class AbstractBatch(AbstractRegularizer):
 
 
 class AbstractDataNoise(AbstractRegularizer):
-    """Noise on inputs or labels; it enters through the end-to-end gradient alone."""
+    """Noise on inputs or labels; it enters through the end-to-end gradient alone.
+
+    To write one, give the sampled face (`draw_shape`, `perturb`: the rows under standard normals),
+    the averaged face (`input_variance`) and the diffusion (`covariance` of the noise on the
+    end-to-end gradient, `increment`, a linear factor of it times normals of `normal_shape`, and
+    `feedback`). `LabelNoise` is the shortest example.
+    """
 
     @abc.abstractmethod
     def input_variance(self) -> Scalar:
@@ -254,7 +284,9 @@ class AbstractLayerNoise(AbstractRegularizer):
 class AbstractWeightNoise(AbstractLayerNoise):
     """Noise on the weights: one draw a step, which all rows share.
 
-    A draw replaces $W_l$ by weights of the same mean with independent entries.
+    A draw replaces $W_l$ by weights of the same mean with independent entries. To write one, give
+    `draw` and `perturb_weight`, whose entries have exactly the variance that `weight_variance`
+    returns, and `check`. `DropConnect` is the example.
     """
 
     @property
@@ -288,7 +320,11 @@ class AbstractWeightNoise(AbstractLayerNoise):
 
 
 class AbstractActivationNoise(AbstractLayerNoise):
-    """Factors of mean 1 on hidden activations, independent for every row and every unit."""
+    """Factors of mean 1 on hidden activations, independent for every row and every unit.
+
+    To write one, give `draw` and `perturb_activation`, whose factors have exactly the variance that
+    `activation_variance` returns, and `check`. `Dropout` is the example.
+    """
 
     @abc.abstractmethod
     def activation_variance(self, layer: int, depth: int) -> Scalar:
@@ -306,7 +342,10 @@ class AbstractActivationNoise(AbstractLayerNoise):
 
 
 class AbstractGradientNoise(AbstractRegularizer):
-    """Gaussian noise added to the gradient, independent in every entry and of the weights."""
+    """Gaussian noise added to the gradient, independent in every entry and of the weights.
+
+    To write one, give `level` (and `is_stochastic`, which is True). `GradientNoise` is the example.
+    """
 
     @abc.abstractmethod
     def level(self, layer: int, depth: int) -> Scalar:

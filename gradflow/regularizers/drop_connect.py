@@ -1,5 +1,6 @@
 """DropConnect."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -34,7 +35,7 @@ class DropConnect(AbstractWeightNoise):
     - `layers`: the layers whose weights drop, numbers in 1..N; all by default.
     """
 
-    rate: Scalar = eqx.field(converter=as_parameter)
+    rate: Scalar = eqx.field(converter=partial(as_parameter, name="DropConnect.rate"))
     layers: tuple[int, ...] | None = eqx.field(static=True, default=None, converter=as_layers)
 
     def __check_init__(self):

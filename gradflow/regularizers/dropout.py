@@ -1,5 +1,6 @@
 """Dropout."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -37,7 +38,7 @@ class Dropout(AbstractActivationNoise):
     - `layers`: the hidden layers that drop, numbers in 1..N-1; all by default.
     """
 
-    rate: Scalar = eqx.field(converter=as_parameter)
+    rate: Scalar = eqx.field(converter=partial(as_parameter, name="Dropout.rate"))
     kind: str = eqx.field(static=True, default="bernoulli")
     layers: tuple[int, ...] | None = eqx.field(static=True, default=None, converter=as_layers)
 

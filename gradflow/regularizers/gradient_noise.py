@@ -1,5 +1,7 @@
 """Isotropic noise on the gradient (Langevin)."""
 
+from functools import partial
+
 import equinox as eqx
 
 from gradflow.regularizers.base import (
@@ -23,7 +25,7 @@ class GradientNoise(AbstractGradientNoise):
     - `std`: $s \ge 0$, in units of the gradient.
     """
 
-    std: Scalar = eqx.field(converter=as_parameter)
+    std: Scalar = eqx.field(converter=partial(as_parameter, name="GradientNoise.std"))
 
     def __check_init__(self):
         check_nonnegative("GradientNoise.std", self.std)

@@ -1,5 +1,7 @@
 """Input noise (noise augmentation)."""
 
+from functools import partial
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -32,7 +34,7 @@ class InputNoise(AbstractDataNoise):
     - `std`: $\sigma \ge 0$, in units of the inputs.
     """
 
-    std: Scalar = eqx.field(converter=as_parameter)
+    std: Scalar = eqx.field(converter=partial(as_parameter, name="InputNoise.std"))
 
     def __check_init__(self):
         check_nonnegative("InputNoise.std", self.std)

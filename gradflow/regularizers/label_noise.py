@@ -1,5 +1,7 @@
 """Label noise."""
 
+from functools import partial
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -28,7 +30,7 @@ class LabelNoise(AbstractDataNoise):
     - `std`: $s \ge 0$, in units of the targets.
     """
 
-    std: Scalar = eqx.field(converter=as_parameter)
+    std: Scalar = eqx.field(converter=partial(as_parameter, name="LabelNoise.std"))
 
     def __check_init__(self):
         check_nonnegative("LabelNoise.std", self.std)

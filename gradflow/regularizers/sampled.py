@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gradflow.data import Regression
-from gradflow.loss import pull_back
+from gradflow.loss import moment_loss, pull_back
 from gradflow.products import product
 from gradflow.regularizers.averaged import (
     add_penalties,
@@ -31,6 +31,7 @@ from gradflow.regularizers.averaged import (
     input_variance,
     layer_noises,
     moment_gradient,
+    total_penalty,
 )
 from gradflow.regularizers.base import (
     AbstractActivationNoise,
@@ -129,14 +130,8 @@ def sampled_gradient(
     layer_noises(regularizers, len(weights))
     way = route(data, regularizers)
     pairs = list(zip(regularizers, draw[:-1] if way == "pseudo row" else draw, strict=True))
-    shaken = [(r, d) for r, d in pairs if isinstance(r, AbstractWeightNoise) and not r.is_shift]
-
-    def shake(w: Weights) -> Weights:
-        for r, d in shaken:
-            w = tuple(r.perturb_weight(d, i, len(w), v) for i, v in enumerate(w, start=1))
-        return w
-
-    at, back = jax.vjp(shake, weights) if shaken else (weights, None)
+    shaken = _of_weights(pairs)
+    at, back = jax.vjp(lambda w: _shaken(w, shaken), weights) if shaken else (weights, None)
     moments = moments_at(at)
     if way == "moments":
         g = _from_moments(data, pairs, at, moments)
@@ -151,6 +146,49 @@ def sampled_gradient(
         extra = gradient_increment(regularizers, normals)
         g = tuple(a + b for a, b in zip(g, extra, strict=True))
     return add_penalties(g, weights, regularizers) if penalties else g
+
+
+def sampled_loss(
+    data: Regression,
+    regularizers: Sequence[AbstractRegularizer],
+    weights: Weights,
+    moments_at: Callable[[Weights], NoiseMoments],
+    draw: tuple[Any, ...],
+    penalties: bool = True,
+) -> Scalar:
+    r"""The loss of one step of one path, whose gradient is `sampled_gradient` under the same draw.
+
+    The loss of the rows; on a full batch with noise linear in the data $\bar L + \langle P, N
+    \rangle$ with the noise $N$ on $M$, without the constant that the noise of the labels adds.
+
+    **Raises:** `ValueError` where no loss has that gradient: for a population whose noise depends
+    on the weights.
+    """
+    layer_noises(regularizers, len(weights))
+    way = route(data, regularizers)
+    nonlinear = [r for r in regularizers if isinstance(r, AbstractDataNoise) and not r.is_linear()]
+    if way == "pseudo row" or (way == "moments" and nonlinear):
+        names = [type(r).__name__ for r in nonlinear or regularizers if r.is_stochastic]
+        raise ValueError(
+            "GradientDescent.optimizer: it needs the loss of a step, which population data with "
+            f"{' and '.join(names)} do not have; give Minibatch or samples, or an optimizer that "
+            "takes the gradient alone."
+        )
+    pairs = list(zip(regularizers, draw, strict=True))
+    at = _shaken(weights, _of_weights(pairs))
+    if way == "rows":
+        value = _noisy_loss(at, pairs, *_rows(data, pairs, moments_at(at)))
+    else:
+        moments = moments_at(at)
+        normals = tuple(d for r, d in pairs if isinstance(r, AbstractDataNoise))
+        increment = end_to_end_increment(regularizers, moments, normals)
+        value = moment_loss(moments.p, input_moment(data, regularizers), data.syx, data.syy)
+        value = value + jnp.sum(moments.p * increment)
+    normals = tuple(d for r, d in pairs if isinstance(r, AbstractGradientNoise))
+    if normals:
+        extra = gradient_increment(regularizers, normals)
+        value = value + sum(jnp.sum(w * g) for w, g in zip(weights, extra, strict=True))
+    return value + total_penalty(weights, regularizers) if penalties else value
 
 
 def weight_shift(
@@ -184,11 +222,32 @@ def _from_moments(
     return pull_back(weights, mean + end_to_end_increment(regularizers, moments, normals))
 
 
-def _from_rows(data: Regression, pairs: Pairs, weights: Weights, moments: NoiseMoments) -> Weights:
+def _of_weights(pairs: Pairs) -> list[tuple[AbstractWeightNoise, Any]]:
+    """The noises that replace the weights by others, in their order."""
+    return [(r, d) for r, d in pairs if isinstance(r, AbstractWeightNoise) and not r.is_shift]
+
+
+def _shaken(weights: Weights, noises: list[tuple[AbstractWeightNoise, Any]]) -> Weights:
+    """The weights under the draws of all noises on them."""
+    for r, d in noises:
+        weights = tuple(
+            r.perturb_weight(d, i, len(weights), w) for i, w in enumerate(weights, start=1)
+        )
+    return weights
+
+
+def _rows(
+    data: Regression, pairs: Pairs, moments: NoiseMoments
+) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch d_out"]]:
+    """The rows of a step, with the noise on the data."""
     rows = [r.rows(d, data, moments.root) for r, d in pairs if isinstance(r, AbstractBatch)]
     if not rows and data.x is not None and data.y is not None:
         rows = [(data.x, data.y)]
-    x, y = _noisy_rows(pairs, *rows[0])
+    return _noisy_rows(pairs, *rows[0])
+
+
+def _from_rows(data: Regression, pairs: Pairs, weights: Weights, moments: NoiseMoments) -> Weights:
+    x, y = _rows(data, pairs, moments)
     if any(isinstance(r, AbstractActivationNoise) for r, _ in pairs):
         return jax.grad(_noisy_loss)(weights, pairs, x, y)
     errors = product(x, moments.p, (1, 1)) - y

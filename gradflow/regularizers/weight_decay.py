@@ -1,5 +1,7 @@
 """Weight decay."""
 
+from functools import partial
+
 import equinox as eqx
 import jax.numpy as jnp
 
@@ -18,7 +20,7 @@ class WeightDecay(AbstractPenalty):
     - `rate`: $\lambda \ge 0$, per unit of flow time.
     """
 
-    rate: Scalar = eqx.field(converter=as_parameter)
+    rate: Scalar = eqx.field(converter=partial(as_parameter, name="WeightDecay.rate"))
 
     def __check_init__(self):
         check_nonnegative("WeightDecay.rate", self.rate)

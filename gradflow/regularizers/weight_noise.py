@@ -1,5 +1,6 @@
 """Noise on the weights, and its anticorrelated form (anti-PGD)."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -43,7 +44,7 @@ class WeightNoise(AbstractWeightNoise):
     - `layers`: the layers whose weights are noisy, numbers in 1..N; all by default.
     """
 
-    std: Scalar = eqx.field(converter=as_parameter)
+    std: Scalar = eqx.field(converter=partial(as_parameter, name="WeightNoise.std"))
     anticorrelated: bool = eqx.field(static=True, default=False)
     layers: tuple[int, ...] | None = eqx.field(static=True, default=None, converter=as_layers)
 

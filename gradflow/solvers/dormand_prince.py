@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from scipy.integrate import DOP853
 
+from gradflow.solvers.promotion import promoting
 from gradflow.solvers.stages import Stages
 
 STAGES = DOP853.n_stages
@@ -56,6 +57,7 @@ class DormandPrince853(diffrax.AbstractAdaptiveSolver[None]):
         """The vector field."""
         return terms.vf(t0, y0, args)
 
+    @promoting
     def step(
         self,
         terms: Any,
@@ -72,6 +74,8 @@ class DormandPrince853(diffrax.AbstractAdaptiveSolver[None]):
         end = step.moved(DOP853.B)
 
         def error(fifth: Array, third: Array) -> Array:
+            if jnp.iscomplexobj(fifth):
+                return error(jnp.abs(fifth), jnp.abs(third)).astype(fifth.dtype)
             length = jnp.sqrt(fifth**2 + TOGETHER * third**2)
             return step.length * fifth**2 / jnp.where(length == 0.0, 1.0, length)
 

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from gradflow.solvers.collocation import gauss
+from gradflow.solvers.promotion import promoting
 from gradflow.solvers.stage_equations import solve_stages
 
 MANY = 1000
@@ -58,7 +59,8 @@ class GaussLegendre(diffrax.AbstractAdaptiveSolver[Memory]):
 
     - `order`: 2, 4 or 6: one, two or three stages.
 
-    Takes an `ODETerm` with any pytree of real arrays as state. The error estimate is the change of
+    Takes an `ODETerm` with any pytree of arrays as state; complex ones are taken as pairs of real
+    ones, so the vector field need not be holomorphic. The error estimate is the change of
     the defect of the collocation polynomial; it shrinks like $h^{s+2}$ with $s$ stages, that is
     with power 3, 4, 5 of the step, where the error of a step itself has 3, 5, 7. A step whose stage
     equations do not converge has error estimate infinity, so that adaptive steps are tried again
@@ -93,11 +95,12 @@ class GaussLegendre(diffrax.AbstractAdaptiveSolver[Memory]):
         del terms
         return self.stages + 2
 
+    @promoting
     def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any) -> Memory:
         """No step before this one: the first prediction is a constant slope."""
         del t1
-        state, _ = ravel_pytree(y0)
-        slope, _ = ravel_pytree(terms.vf(t0, y0, args))
+        state, _ = _as_vector(y0)
+        slope, _ = _as_vector(terms.vf(t0, y0, args))
         slopes = jnp.broadcast_to(slope, (self.stages, *slope.shape))
         return Memory(jnp.zeros_like(state), slope, slopes, jnp.zeros_like(t0 - t0))
 
@@ -105,6 +108,7 @@ class GaussLegendre(diffrax.AbstractAdaptiveSolver[Memory]):
         """The vector field."""
         return terms.vf(t0, y0, args)
 
+    @promoting
     def step(
         self,
         terms: Any,
@@ -117,11 +121,11 @@ class GaussLegendre(diffrax.AbstractAdaptiveSolver[Memory]):
     ) -> tuple[Any, Any, dict[str, Any], Memory, diffrax.RESULTS]:
         """Solve the stage equations from the extrapolation of the last step, and update."""
         rule = gauss(self.stages)
-        start, unravel = ravel_pytree(y0)
+        start, unravel = _as_vector(y0)
         length = terms.contr(t0, t1)
 
         def field(t: Any, state: Vector) -> Vector:
-            return ravel_pytree(terms.vf(t, unravel(state), args))[0]
+            return _as_vector(terms.vf(t, unravel(state), args))[0]
 
         memory = solver_state
         if made_jump is not False:
@@ -196,3 +200,19 @@ class GaussLegendre(diffrax.AbstractAdaptiveSolver[Memory]):
         along = length * derivative(jnp.tensordot(rule.defect, after, axes=1))
         across = jnp.tensordot(rule.difference, whole, axes=1)
         return rule.error * length * (jnp.abs(along) + jnp.abs(across))
+
+
+def _as_vector(tree: Any) -> tuple[Vector, Callable[[Vector], Any]]:
+    """A state as one real vector, complex arrays as their two parts; and the way back."""
+    if not any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(tree)):
+        return ravel_pytree(tree)
+    leaves, structure = jax.tree.flatten(tree)
+    vector, unravel = ravel_pytree(
+        [(leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,) for leaf in leaves]
+    )
+
+    def restore(vector: Vector) -> Any:
+        parts = [p[0] if len(p) == 1 else jax.lax.complex(*p) for p in unravel(vector)]
+        return jax.tree.unflatten(structure, parts)
+
+    return vector, restore

@@ -7,6 +7,8 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
+from gradflow.solvers.promotion import promoting
+
 AREA_STDS = (math.sqrt(1 / 12), math.sqrt(1 / 720))
 """Standard deviations of the space-time and space-time-time Levy areas H and K of a unit step."""
 
@@ -54,6 +56,7 @@ class GridBrownianPath(diffrax.AbstractBrownianPath):
         """The end of the grid, `K` steps."""
         return float(jax.tree.leaves(self.increments)[0].shape[0])
 
+    @promoting
     def evaluate(
         self, t0: Any, t1: Any | None = None, left: bool = True, use_levy: bool = False
     ) -> Any:

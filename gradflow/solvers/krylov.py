@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.solvers.promotion import promoting
 from gradflow.types import Scalar
 
 DIRECTIONS = 24
@@ -22,6 +23,7 @@ class _Search(NamedTuple):
     images: Float[Array, "most n"]
 
 
+@promoting
 def solve_linear(
     matrix: Callable[[Float[Array, " n"]], Float[Array, " n"]],
     right: Float[Array, " n"],

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gradflow.solvers.base import AbstractWrappingController, largest
+from gradflow.solvers.promotion import promoting
 from gradflow.types import Scalar
 
 ROUNDING = 64.0
@@ -44,6 +45,7 @@ class RelativeErrors(AbstractWrappingController):
     controller: diffrax.AbstractAdaptiveStepSizeController
     smallest: Scalar
 
+    @promoting
     def init(
         self,
         terms: Any,
@@ -59,6 +61,7 @@ class RelativeErrors(AbstractWrappingController):
         end, inner = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
         return end, (inner, jnp.asarray(jnp.inf, jnp.result_type(self.smallest)))
 
+    @promoting
     def adapt_step_size(
         self,
         t0: Any,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.solvers.base import AbstractWrappingController, largest
+from gradflow.solvers.promotion import promoting
 
 PATIENCE = 2000
 """Consecutive still steps after which the state is at rest.
@@ -68,6 +69,7 @@ class RestController(AbstractWrappingController):
     controller: diffrax.AbstractAdaptiveStepSizeController
     memory: RestMemory
 
+    @promoting
     def init(
         self,
         terms: Any,
@@ -89,6 +91,7 @@ class RestController(AbstractWrappingController):
         speed = jnp.asarray(jnp.inf, end.dtype)
         return end, (inner, self.memory, jnp.asarray(t1), speed)
 
+    @promoting
     def adapt_step_size(
         self,
         t0: Any,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gradflow.solvers.base import AbstractWrappingController
+from gradflow.solvers.promotion import promoting
 from gradflow.types import Scalar
 
 SHRINK = 0.1
@@ -51,6 +52,7 @@ class ResumableController(AbstractWrappingController):
         self.first_step = first_step
         self.origin = origin
 
+    @promoting
     def init(
         self,
         terms: Any,
@@ -74,6 +76,7 @@ class ResumableController(AbstractWrappingController):
         )
         return end, (inner, end - t0)
 
+    @promoting
     def adapt_step_size(
         self,
         t0: Any,

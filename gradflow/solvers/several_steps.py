@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import diffrax
 import jax.numpy as jnp
 
+from gradflow.solvers.promotion import promoting
+
 
 class SeveralSteps(diffrax.AbstractWrappedSolver):
     """Takes `count` steps of length 1 of another solver in one step of length `count`.
@@ -49,10 +51,12 @@ class SeveralSteps(diffrax.AbstractWrappedSolver):
         """That of the solver."""
         return self.solver.error_order(terms)
 
+    @promoting
     def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any) -> Any:
         """The memory of the solver, before its first step."""
         return self.solver.init(terms, t0, t0 + (t1 - t0) / self.count, y0, args)
 
+    @promoting
     def step(
         self,
         terms: Any,

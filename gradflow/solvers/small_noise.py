@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import diffrax
 import jax
 
+from gradflow.solvers.promotion import promoting
+
 
 class SmallNoise(diffrax.AbstractItoSolver):
     r"""Two-stage Ito solver with weak error $O(\Delta^2 + \epsilon^4 \Delta)$.
@@ -43,6 +45,7 @@ class SmallNoise(diffrax.AbstractItoSolver):
     def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any) -> None:
         """It has no memory."""
 
+    @promoting
     def step(
         self,
         terms: Any,

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import diffrax
 import numpy as np
 
+from gradflow.solvers.promotion import promoting
 from gradflow.solvers.stages import Stages
 
 A = np.zeros((8, 8))
@@ -111,6 +112,7 @@ class Stabilized5(diffrax.AbstractAdaptiveSolver[None]):
         """The vector field."""
         return terms.vf(t0, y0, args)
 
+    @promoting
     def step(
         self,
         terms: Any,

@@ -10,6 +10,7 @@ import optimistix
 from jaxtyping import Array
 
 from gradflow.solvers.dormand_prince import DormandPrince853
+from gradflow.solvers.promotion import promoting
 from gradflow.solvers.stabilized import Stabilized5
 from gradflow.types import Scalar
 
@@ -71,6 +72,7 @@ class Switching(diffrax.AbstractAdaptiveSolver[Array]):
         """The vector field."""
         return terms.vf(t0, y0, args)
 
+    @promoting
     def step(
         self,
         terms: Any,

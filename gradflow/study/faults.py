@@ -11,6 +11,31 @@ from gradflow.study.locate import Path
 
 _LONGEST_SHOWN = 60
 
+_EVERYDAY = {
+    "gd": "GradientDescent",
+    "sgd": "GradientDescent",
+    "heavyball": "GradientDescent",
+    "momentum": "GradientDescent",
+    "nesterov": "GradientDescent",
+    "adam": "GradientDescent",
+    "gf": "GradientFlow",
+    "flow": "GradientFlow",
+    "ode": "GradientFlow",
+    "sde": "StochasticFlow",
+    "langevin": "StochasticFlow",
+    "sme": "StochasticFlow",
+    "l2": "WeightDecay",
+    "ridge": "WeightDecay",
+    "decay": "WeightDecay",
+    "targetnoise": "LabelNoise",
+    "datanoise": "InputNoise",
+    "batch": "Minibatch",
+    "minibatches": "Minibatch",
+    "antipgd": "WeightNoise",
+    "normal": "gaussian",
+}
+"""What people call things elsewhere, without case and underscores."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -42,5 +67,14 @@ def not_one_of(given: object, allowed: Iterable[str], *, what: str = "allowed") 
 
 def suggestion(given: object, allowed: Iterable[str]) -> str:
     """`did you mean "x"? ` if an allowed word is close to the given one, else nothing."""
-    close = difflib.get_close_matches(str(given), list(allowed), n=1, cutoff=0.6)
-    return f'did you mean "{close[0]}"? ' if close else ""
+    words = {_plain(word): word for word in allowed}
+    word = _plain(str(given))
+    if (other := _plain(_EVERYDAY.get(word, ""))) in words:
+        word = other
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f'did you mean "{words[close[0]]}"? ' if close else ""
+
+
+def _plain(word: str) -> str:
+    """Without case, underscores and hyphens."""
+    return word.lower().replace("_", "").replace("-", "")

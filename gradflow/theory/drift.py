@@ -8,7 +8,7 @@ from gradflow.geometry.imbalance import gram_differences, squared_norms
 from gradflow.loss import pull_back
 from gradflow.network import DeepLinear, left_products, right_products, widths_of
 from gradflow.problem import Problem
-from gradflow.theory.floor import total_decay
+from gradflow.theory.floor import other_pull, total_decay
 from gradflow.theory.noise import (
     check_outside,
     gradient_noise_variances,
@@ -37,12 +37,13 @@ def expected_balancedness_drift(
 ) -> list[Float[Array, "_ _"]]:
     r"""The expected change of every $G_i$ per unit of flow time at the weights.
 
-    $$\frac{E\, dG_i}{dt} = -2 \lambda G_i
+    $$\frac{E\, dG_i}{dt} = -2 \lambda G_i + \dot G_i[-\nabla R]
       + h\, [\bar g_{i+1}^\top \bar g_{i+1} - \bar g_i \bar g_i^\top]_\mathrm{discrete}
       + h \sum_c (g_{c,i+1}^\top g_{c,i+1} - g_{c,i}\, g_{c,i}^\top)
       + h (v_{i+1} d_{i+1} - v_i d_{i-1})\, I$$
 
-    with $\bar g$ the averaged gradient (penalties included), $g_c$ the columns of the diffusion
+    with $R$ the penalties beside weight decay (`flow_balancedness_drift` has $\dot G_i$), $\bar g$
+    the averaged gradient (penalties included), $g_c$ the columns of the diffusion
     factor of the data noise pulled back and $v_i$ the variance of the noise on the gradient. Exact
     for one step of plain SGD (`discrete`) and for the generator of the SDE; with $h = 0$ it is
     gradient flow (docs/theory.md sections 3 to 6). Order 2 of the SDE has the second term too, and
@@ -57,7 +58,7 @@ def expected_balancedness_drift(
     - `amplification`: $l$ of SVAG.
 
     **Raises:** `ValueError` for noise inside the network, whose gradient is not that of an
-    end-to-end matrix.
+    end-to-end matrix, and for other penalties than weight decay in an SDE of order 2.
     """
     check_outside(problem, "expected_balancedness_drift", INSTEAD)
     h = jnp.asarray(step_size)
@@ -65,6 +66,9 @@ def expected_balancedness_drift(
     balance = gram_differences(weights)
     noise = noise_balancedness(problem, weights)
     drift = [-2.0 * rate * g + h * z for g, z in zip(balance, noise, strict=True)]
+    if (other := _other_velocity(problem, weights, discrete, order)) is not None:
+        pulled = flow_balancedness_drift(weights, other)
+        drift = [d + p for d, p in zip(drift, pulled, strict=True)]
     square, shrink = _mean_terms(h, discrete, order, amplification)
     if square is not None:
         mean = gram_differences(problem.averaged_gradient(weights))
@@ -139,12 +143,30 @@ def layer_drifts(
         ]
     )
     drift = -2.0 * rate * norms + h * noise
+    if (other := _other_velocity(problem, weights, discrete, order)) is not None:
+        pairs = zip(weights, other, strict=True)
+        drift = drift + 2.0 * jnp.stack([jnp.sum(w * v) for w, v in pairs])
     square, shrink = _mean_terms(h, discrete, order, amplification)
     if square is not None:
         mean = problem.averaged_gradient(weights)
         squares = jnp.stack([jnp.sum(g * g) for g in mean])
         drift = drift + square * squares - shrink * rate**2 * norms
     return drift
+
+
+def _other_velocity(
+    problem: Problem, weights: Weights, discrete: bool, order: int
+) -> Weights | None:
+    """The velocity that penalties beside weight decay give; None if there are none."""
+    pull = other_pull(problem, weights)
+    if pull is None:
+        return None
+    if order == 2 and not discrete:
+        raise ValueError(
+            "regularizers: the drift of the imbalance under the SDE of order 2 is known for "
+            "WeightDecay alone of all penalties; watch imbalance over replicas, or take order=1."
+        )
+    return tuple(-g for g in pull)
 
 
 def imbalance_drift(

@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
+from gradflow.loss import push_forward
 from gradflow.network import end_to_end, left_products, right_products
 from gradflow.problem import Problem
+from gradflow.regularizers.averaged import add_penalties
 from gradflow.regularizers.weight_decay import WeightDecay
 from gradflow.theory.noise import check_outside
 from gradflow.theory.stationary import stationary_covariance
@@ -22,14 +24,23 @@ def total_decay(problem: Problem) -> Scalar:
     return sum(rates, start=jnp.zeros((), problem.data.sxx.dtype))
 
 
+def other_pull(problem: Problem, weights: Weights) -> Weights | None:
+    """The gradient of the penalties beside weight decay; None if there are none."""
+    others = [r for r in problem.penalties if not isinstance(r, WeightDecay)]
+    zeros = tuple(jnp.zeros_like(w) for w in weights)
+    return add_penalties(zeros, weights, others) if others else None
+
+
 def slaved_residual(problem: Problem, weights: Weights) -> EndToEnd:
-    r"""The residual $M$ to which weight decay slaves the end-to-end gradient, `(d_N, d_0)`.
+    r"""The residual $M$ to which penalties slave the end-to-end gradient, `(d_N, d_0)`.
 
-    $$\mathrm{vec}\, M_\mathrm{slow} = -\lambda N\, \tilde K^{+}\, \mathrm{vec}\, P, \qquad
-      \tilde K = \sum_i A_i A_i^\top \otimes B_i^\top B_i,$$
+    $$\mathrm{vec}\, M_\mathrm{slow}
+        = -\tilde K^{+}\, (\lambda N\, \mathrm{vec}\, P + J\, \nabla R), \qquad
+      \tilde K = J J^\top = \sum_i A_i A_i^\top \otimes B_i^\top B_i,$$
 
-    the value at which the decay of $P$ and the pull of the data cancel (leading order in
-    $\lambda$; docs/theory.md section 4).
+    the value at which the decay of $P$ and the pull of the data cancel (leading order in the
+    penalties; docs/theory.md section 4). $R$ are the penalties beside weight decay, $J$ the
+    Jacobian of $\mathrm{vec}\, P$.
 
     **Raises:** `ValueError` for noise inside the network, which pulls at $P$ too.
     """
@@ -37,12 +48,15 @@ def slaved_residual(problem: Problem, weights: Weights) -> EndToEnd:
     lefts, rights = left_products(weights), right_products(weights)
     kernel = sum(jnp.kron(a @ a.T, b.T @ b) for a, b in zip(lefts, rights, strict=True))
     p = end_to_end(weights)
-    pull = jnp.linalg.pinv(kernel, hermitian=True) @ p.ravel()
-    return (-total_decay(problem) * len(weights) * pull).reshape(p.shape)
+    inverse = jnp.linalg.pinv(kernel, hermitian=True)
+    residual = -total_decay(problem) * len(weights) * (inverse @ p.ravel())
+    if (other := other_pull(problem, weights)) is not None:
+        residual = residual - inverse @ push_forward(weights, other).ravel()
+    return residual.reshape(p.shape)
 
 
 def weight_decay_plateau(problem: Problem, weights: Weights) -> Scalar:
-    r"""Excess loss held up by weight decay.
+    r"""Excess loss held up by weight decay and other penalties.
 
     $$\tfrac12 \mathrm{tr}(M_\mathrm{slow}\, \bar S^{+} M_\mathrm{slow}^\top).$$
 

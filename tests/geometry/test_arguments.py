@@ -63,7 +63,7 @@ EXPECTED = [SWAPPED] * 13 + [
     "TypeError: net must be a DeepLinear; got FlattestMinimum.",
     "ValueError: k must be an integer from 1 to the 8 parameters; got 1.5.",
     "ValueError: GradientDescent.step_size must be a single number; got [0.1, 0.2].",
-    "TypeError: step sizes, rates, levels and tolerances must be numbers; got '0.1'.",
+    "TypeError: GradientDescent.step_size must be a number; got '0.1'.",
 ]
 
 

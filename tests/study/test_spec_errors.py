@@ -3,6 +3,7 @@
 import pytest
 from specs import HEAD, RUN
 
+from gradflow.study.faults import suggestion
 from gradflow.study.load import SpecError, load_study
 from gradflow.study.quantities import QUANTITIES
 
@@ -313,3 +314,24 @@ def test_options_change_the_spec(load):
     assert short.run[0].save.times == [0.25, 0.5]
     assert short.run[1].replicas is None and short.run[1].t1 == 0.25
     assert short.run[1].save.points == 11
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("SGD", "GradientDescent"),
+        ("GD", "GradientDescent"),
+        ("sgd", "GradientDescent"),
+        ("gradient_descent", "GradientDescent"),
+        ("Langevin", "StochasticFlow"),
+        ("SDE", "StochasticFlow"),
+        ("label_noise", "LabelNoise"),
+        ("weight_decay", "WeightDecay"),
+        ("L2", "WeightDecay"),
+    ],
+)
+def test_names_of_other_tools_are_understood(given, meant):
+    allowed = ("GradientDescent", "GradientFlow", "StochasticFlow", "LabelNoise", "WeightDecay")
+    assert suggestion(given, allowed) == f'did you mean "{meant}"? '
+    assert suggestion("momentum", ("momentun", "decay")) == 'did you mean "momentun"? '
+    assert suggestion("quantum", allowed) == ""
