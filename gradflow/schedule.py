@@ -10,15 +10,13 @@ import numpy as np
 
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.descent import GradientDescent, scheduled_step_sizes
+from gradflow.dynamics.settings import MOST_COUNTED
 
 Spacing: TypeAlias = Literal["lin", "log"]
 Save: TypeAlias = int | Sequence[float] | np.ndarray
 
 LOG_DECADES = 4
 """Log-spaced times of a flow start this many decades before its end."""
-
-MOST_TICKS = 2**31 - 1
-"""Steps are 32-bit integers."""
 
 MOST_SCHEDULED = 2**26
 """Steps of a step-size schedule whose flow times are added up: half a gigabyte."""
@@ -89,9 +87,9 @@ def schedule(
 def _checked_steps(steps: Any, finest: int) -> int:
     if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be an integer >= 1; got {steps!r}.")
-    if steps * finest > MOST_TICKS:
+    if steps * finest > MOST_COUNTED:
         raise ValueError(
-            f"steps={steps}: at most {MOST_TICKS // finest} steps can be addressed; use a "
+            f"steps={steps}: at most {MOST_COUNTED // finest} steps can be addressed; use a "
             "larger step size or continue from the final network."
         )
     return int(steps)

@@ -28,6 +28,7 @@ from gradflow.record import AbstractRecord, PathRecord, StatisticsRecord
 from gradflow.runner import Runner
 from gradflow.schedule import Save, Spacing, schedule
 from gradflow.streams import Normals
+from gradflow.tracing import is_traced
 from gradflow.trajectory import Trajectory
 from gradflow.types import Weights
 
@@ -141,6 +142,7 @@ def simulate(
     **Raises:** `ValueError` or `TypeError` for bad input, before anything is computed;
     `MemoryError` if there is no room for what is saved of all paths.
     """
+    _check_untraced(dynamics, (problem, net, key))
     starts, total = _starts(problem, net, replicas)
     replica_axis = replicas is not None or not isinstance(net, DeepLinear)
     if not isinstance(dynamics, AbstractDynamics):
@@ -272,6 +274,19 @@ def repeat(trajectory: Trajectory | EnsembleStatistics) -> Trajectory | Ensemble
         observables=names,
         chunk=int(trajectory.attrs["chunk"]),
         **kept,
+    )
+
+
+def _check_untraced(dynamics: Any, rest: Any) -> None:
+    """Raise a `TypeError` inside transformations of JAX, where a run cannot be watched."""
+    if not is_traced(dynamics, rest, jnp.zeros(())):
+        return
+    kind = type(dynamics).__name__
+    instead = f"use {kind}(...).solve(problem, net, times)"
+    if not hasattr(dynamics, "solve"):
+        instead = f"{kind} runs outside of them only; GradientFlow and GradientDescent have .solve"
+    raise TypeError(
+        f"simulate watches a run from outside and cannot be part of jit, vmap or grad: {instead}."
     )
 
 

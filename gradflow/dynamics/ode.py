@@ -1,6 +1,7 @@
 """Dynamics that are ordinary differential equations, integrated with adaptive steps."""
 
 import abc
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -18,10 +19,12 @@ from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.products import in_groups
 from gradflow.regularizers.base import as_parameter
+from gradflow.solvers.both_modes import in_both_modes
 from gradflow.solvers.dense_or_krylov import DenseOrKrylov
 from gradflow.solvers.gauss_legendre import GaussLegendre
 from gradflow.solvers.resumable import ResumableController
 from gradflow.streams import Source
+from gradflow.tracing import is_traced
 from gradflow.types import Scalar, Weights
 
 PROPORTIONAL, INTEGRAL = 0.2, 0.4
@@ -30,6 +33,9 @@ stability, where most steps of a flow are, are rejected four times as often."""
 
 CHECKPOINTS = 16
 """States of a solve between two saved times that a derivative in reverse mode keeps."""
+
+BACKWARD = diffrax.RecursiveCheckpointAdjoint(CHECKPOINTS)
+"""How a solve is differentiated, unless forwards."""
 
 MAX_STEPS = 1_000_000
 """Solver steps between two saved times before the solve is given up."""
@@ -94,8 +100,9 @@ class AbstractOdeFlow(AbstractDynamics):
         """The weights at increasing flow times, one `(T, d_i, d_{i-1})` array a layer.
 
         A pure function, for use inside `jax.jit`, `jax.vmap` and `jax.grad`: a sweep over starts,
-        problems or settings of the flow is one compiled program, and what depends on the weights
-        can be differentiated (in reverse mode). `simulate` integrates in the same way, and watches.
+        problems or settings of the flow is one compiled program. It can be differentiated in
+        reverse mode, in forward mode, and forwards over either for second derivatives
+        (`jax.hessian`). `simulate` integrates in the same way, and watches.
 
         **Arguments:**
 
@@ -104,16 +111,16 @@ class AbstractOdeFlow(AbstractDynamics):
         **Returns:** the weights, NaN from the first time that could not be reached.
         """
         stops = jnp.asarray(times, jnp.result_type(float))
-        state = self.init(problem, tuple(w[..., None] for w in net.weights))
+        return in_both_modes(_solved_forward, _solved_reverse, (self, problem, net, stops))
 
-        def go(before: tuple[State, Array], stop: Array) -> tuple[tuple[State, Array], Weights]:
-            state, start = before
-            state = self._moved(problem, state, start, stop)
-            return (state, stop), tuple(w[..., 0] for w in state.weights)
-
-        return jax.lax.scan(go, (state, jnp.zeros((), stops.dtype)), stops)[1]
-
-    def _moved(self, problem: Problem, state: State, start: Array, stop: Array) -> State:
+    def _moved(
+        self,
+        problem: Problem,
+        state: State,
+        start: Array,
+        stop: Array,
+        adjoint: diffrax.AbstractAdjoint = BACKWARD,
+    ) -> State:
         companions, planned = state.memory
         (weights, *companions), planned = integrate(
             self.field,
@@ -125,6 +132,7 @@ class AbstractOdeFlow(AbstractDynamics):
             planned,
             start,
             stop,
+            adjoint,
         )
         return State(weights, (tuple(companions), planned), (), state.limit)
 
@@ -136,14 +144,33 @@ def _start(flow: AbstractOdeFlow, problem: Problem, weights: Weights) -> State:
     return State(weights, memory, (), divergence_limit(weights))
 
 
+def _solved(adjoint: diffrax.AbstractAdjoint, given: tuple[Any, Problem, Any, Array]) -> Weights:
+    """The weights at the given times, by a program that one mode can differentiate."""
+    flow, problem, net, stops = given
+    state = flow.init(problem, tuple(w[..., None] for w in net.weights))
+
+    def go(before: tuple[State, Array], stop: Array) -> tuple[tuple[State, Array], Weights]:
+        state, start = before
+        state = flow._moved(problem, state, start, stop, adjoint)
+        return (state, stop), tuple(w[..., 0] for w in state.weights)
+
+    return jax.lax.scan(go, (state, jnp.zeros((), stops.dtype)), stops)[1]
+
+
+_solved_forward = functools.partial(_solved, diffrax.ForwardMode())
+_solved_reverse = functools.partial(_solved, BACKWARD)
+
+
 def checked_tolerances(owner: str, rtol: ArrayLike, atol: ArrayLike) -> tuple[Scalar, Scalar]:
     """Relative and absolute tolerance as arrays.
 
-    **Raises:** `ValueError` naming the field of `owner` that does not lie in (0, 1).
+    **Raises:** `ValueError` naming the field of `owner` that is no number in (0, 1).
     """
     tolerances = as_parameter(rtol), as_parameter(atol)
     for name, value in zip(("rtol", "atol"), tolerances, strict=True):
-        if not 0.0 < float(value) < 1.0:
+        if value.ndim != 0:
+            raise ValueError(f"{owner}.{name} must be a single number; got shape {value.shape}.")
+        if not is_traced(value) and not 0.0 < float(value) < 1.0:
             raise ValueError(f"{owner}.{name} must lie in (0, 1); got {float(value)}.")
     return tolerances
 
@@ -196,6 +223,7 @@ def integrate(
     first_steps: Float[Array, " paths"],
     start: Array,
     stop: Array,
+    adjoint: diffrax.AbstractAdjoint = BACKWARD,
 ) -> tuple[Any, Float[Array, " paths"]]:
     """Integrate every path from flow time `start` to `stop`, each with its own steps.
 
@@ -203,6 +231,7 @@ def integrate(
 
     - `states`: a pytree of arrays that end in the path axis.
     - `first_steps`: length of the first step of every path; 0 lets the solver choose.
+    - `adjoint`: how the solve can be differentiated.
 
     **Returns:** the states at `stop`, NaN for a path whose solve failed, and the lengths of the
     steps that would come next.
@@ -232,7 +261,7 @@ def integrate(
             args=problem,
             saveat=diffrax.SaveAt(t1=True, controller_state=True),
             stepsize_controller=controller,
-            adjoint=diffrax.RecursiveCheckpointAdjoint(CHECKPOINTS),
+            adjoint=adjoint,
             max_steps=MAX_STEPS,
             throw=False,
         )

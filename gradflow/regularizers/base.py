@@ -17,12 +17,12 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.data import Regression
 from gradflow.products import product
 from gradflow.streams import Stream
+from gradflow.tracing import as_floats, is_traced
 from gradflow.types import EndToEnd, Scalar, Weights
 
 
@@ -35,19 +35,19 @@ def as_parameter(value: ArrayLike) -> Scalar:
     if isinstance(value, str):  # NumPy would read the number in it
         raise wrong
     try:
-        return jnp.asarray(value, jnp.result_type(float))
-    except (TypeError, ValueError) as error:
+        return as_floats(value)
+    except (TypeError, ValueError, OverflowError) as error:
         raise wrong from error
 
 
 def check_nonnegative(name: str, value: Array) -> None:
     """Raise a `ValueError` that names the field unless `value` is a finite number >= 0.
 
-    Traced values pass: they were checked when they were concrete.
+    Traced values pass.
     """
     if value.ndim != 0:
         raise ValueError(f"{name} must be a single number; got shape {value.shape}.")
-    if isinstance(value, Tracer):
+    if is_traced(value):
         return
     number = float(value)
     if not (np.isfinite(number) and number >= 0.0):
@@ -57,10 +57,10 @@ def check_nonnegative(name: str, value: Array) -> None:
 def check_rate(name: str, value: Array) -> None:
     """Raise a `ValueError` that names the field unless `value` is a number in [0, 1).
 
-    Traced values pass: they were checked when they were concrete.
+    Traced values pass.
     """
     check_nonnegative(name, value)
-    if not isinstance(value, Tracer) and float(value) >= 1.0:
+    if not is_traced(value) and float(value) >= 1.0:
         raise ValueError(
             f"{name} is the probability to drop and must lie in [0, 1); got {float(value)}."
         )
