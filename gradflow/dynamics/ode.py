@@ -147,6 +147,9 @@ def _start(flow: AbstractOdeFlow, problem: Problem, weights: Weights) -> State:
 def _solved(adjoint: diffrax.AbstractAdjoint, given: tuple[Any, Problem, Any, Array]) -> Weights:
     """The weights at the given times, by a program that one mode can differentiate."""
     flow, problem, net, stops = given
+    if getattr(flow.solver, "scan_kind", "") is None:
+        # Left to itself diffrax differentiates the loop over the stages in reverse mode only.
+        flow = eqx.tree_at(lambda f: f.solver.scan_kind, flow, "bounded", is_leaf=_is_none)
     state = flow.init(problem, tuple(w[..., None] for w in net.weights))
 
     def go(before: tuple[State, Array], stop: Array) -> tuple[tuple[State, Array], Weights]:
@@ -155,6 +158,10 @@ def _solved(adjoint: diffrax.AbstractAdjoint, given: tuple[Any, Problem, Any, Ar
         return (state, stop), tuple(w[..., 0] for w in state.weights)
 
     return jax.lax.scan(go, (state, jnp.zeros((), stops.dtype)), stops)[1]
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
 
 
 _solved_forward = functools.partial(_solved, diffrax.ForwardMode())
