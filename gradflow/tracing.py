@@ -32,7 +32,7 @@ def as_floats(values: Any) -> Array:
         return jnp.asarray(values, dtype)
 
 
-def float_of(number: int) -> float:
+def float_of(number: Any) -> float:
     """The nearest float; infinite beyond the largest one."""
     try:
         return float(number)

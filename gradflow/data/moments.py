@@ -68,6 +68,20 @@ def _traced_best_map(
     return syx @ jnp.linalg.pinv(sxx, rtol=cutoff, hermitian=True)
 
 
+def check_finite(syy: Float[Given, "d_out d_out"], derived: Derived) -> None:
+    """Check that nothing overflowed on the way.
+
+    **Raises:** `ValueError` if something did.
+    """
+    if not is_traced(syy, derived) and not all(
+        np.all(np.isfinite(array)) for array in (syy, *derived)
+    ):
+        raise ValueError(
+            "data: the least-squares map of these moments or what it leaves unexplained overflows; "
+            "rescale inputs and targets to sizes near 1."
+        )
+
+
 def eigh(
     matrix: Float[Given, "d d"], scale: Any = None
 ) -> tuple[Float[Given, " d"], Float[Given, "d d"]]:

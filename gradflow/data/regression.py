@@ -98,7 +98,13 @@ class Regression(eqx.Module):
                 "one target of many inputs is [[...]], many targets of one input [[.], [.]]."
             )
         d_out, d_in = matrix.shape
-        syy = matrix @ matrix.T
+        with np.errstate(over="ignore"):
+            syy = matrix @ matrix.T
+        if not is_traced(syy) and not np.all(np.isfinite(syy)):
+            raise ValueError(
+                f"data.target: entries as large as {np.abs(matrix).max():.3g} overflow when "
+                "squared; rescale the targets."
+            )
         if residual is not None:
             covariance = as_array(residual, "data.residual")
             if covariance.ndim == 0:
@@ -331,7 +337,9 @@ class Regression(eqx.Module):
         )
         if x is not None and y is not None:
             x, y = moments.rounded(x), moments.rounded(y)
-        derived = moments.derive(sxx, syx, syy, x, y)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            derived = moments.derive(sxx, syx, syy, x, y)
+        moments.check_finite(syy, derived)
         return cls(
             sxx=jnp.asarray(sxx, dtype),
             syx=jnp.asarray(syx, dtype),

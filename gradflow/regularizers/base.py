@@ -54,6 +54,17 @@ def check_nonnegative(name: str, value: Array) -> None:
         raise ValueError(f"{name} must be a finite number >= 0; got {number}.")
 
 
+def check_std(name: str, value: Array) -> None:
+    """Raise a `ValueError` unless `value` is a standard deviation >= 0 whose square is finite."""
+    check_nonnegative(name, value)
+    largest = float(np.sqrt(np.finfo(value.dtype).max))
+    if not is_traced(value) and float(value) > largest:
+        raise ValueError(
+            f"{name} must be at most {largest:.2g}, where the variance overflows; got "
+            f"{float(value):.3g}."
+        )
+
+
 def check_rate(name: str, value: Array) -> None:
     """Raise a `ValueError` that names the field unless `value` is a number in [0, 1).
 

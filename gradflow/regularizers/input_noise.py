@@ -10,7 +10,7 @@ from gradflow.regularizers.base import (
     AbstractDataNoise,
     NoiseMoments,
     as_parameter,
-    check_nonnegative,
+    check_std,
     symmetric_normal,
 )
 from gradflow.types import EndToEnd, Scalar
@@ -35,7 +35,7 @@ class InputNoise(AbstractDataNoise):
     std: Scalar = eqx.field(converter=as_parameter)
 
     def __check_init__(self):
-        check_nonnegative("InputNoise.std", self.std)
+        check_std("InputNoise.std", self.std)
 
     @property
     def is_stochastic(self) -> bool:

@@ -10,7 +10,7 @@ from gradflow.regularizers.base import (
     AbstractDataNoise,
     NoiseMoments,
     as_parameter,
-    check_nonnegative,
+    check_std,
 )
 from gradflow.types import EndToEnd, Scalar
 
@@ -31,7 +31,7 @@ class LabelNoise(AbstractDataNoise):
     std: Scalar = eqx.field(converter=as_parameter)
 
     def __check_init__(self):
-        check_nonnegative("LabelNoise.std", self.std)
+        check_std("LabelNoise.std", self.std)
 
     @property
     def is_stochastic(self) -> bool:
