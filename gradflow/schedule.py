@@ -99,8 +99,8 @@ def _checked_steps(steps: Any, finest: int) -> int:
         raise ValueError(f"steps must be an integer >= 1; got {steps!r}.")
     if steps * finest > MOST_COUNTED:
         raise ValueError(
-            f"steps={float_of(steps):.10g}: at most {MOST_COUNTED // finest} steps can be addressed; use a "
-            "larger step size or continue from the final network."
+            f"steps={float_of(steps):.10g}: at most {MOST_COUNTED // finest} steps can be "
+            "addressed; use a larger step size or continue from the final network."
         )
     if not isinstance(steps, int | np.integer):
         raise ValueError(f"steps must be an integer >= 1; got {steps!r}.")

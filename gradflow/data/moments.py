@@ -39,8 +39,35 @@ def derive(
     $e = y - Bx$, over the samples if there are any, else from the moments as
     $\Sigma_{yy} - B\Sigma_{xy} - \Sigma_{yx}B^\top + B\Sigma_{xx}B^\top$. Its error is of second
     order in the error of $B$.
+
+    **Raises:** `ValueError` if the map or the residual covariance overflows.
     """
     eigenvalues, eigenvectors = eigh(sxx)
+    with np.errstate(over="ignore", invalid="ignore"):
+        best_map, residual = _explained(sxx, syx, syy, eigenvalues, eigenvectors, x, y)
+    if not is_traced(best_map, residual) and not np.all(np.isfinite(best_map.sum() + residual)):
+        raise ValueError(
+            "data: the least-squares map of these moments, or what it leaves unexplained, "
+            "overflows; rescale inputs and targets to sizes near 1."
+        )
+    # Noiseless data leave rounding errors of the size of syy, not of the residual.
+    residual, scale = symmetrized(residual), abs(syy).max()
+    spread, axes = eigh(residual, scale)
+    if is_traced(residual, spread):
+        return Derived(eigenvalues, eigenvectors, matrix_root(residual, spread, axes), best_map)
+    return Derived(eigenvalues, eigenvectors, (axes * np.sqrt(spread)) @ axes.T, best_map)
+
+
+def _explained(
+    sxx: Float[Given, "d_in d_in"],
+    syx: Float[Given, "d_out d_in"],
+    syy: Float[Given, "d_out d_out"],
+    eigenvalues: Float[Given, " d_in"],
+    eigenvectors: Float[Given, "d_in d_in"],
+    x: Float[Given, "n d_in"] | None,
+    y: Float[Given, "n d_out"] | None,
+) -> tuple[Float[Given, "d_out d_in"], Float[Given, "d_out d_out"]]:
+    """The best map and the covariance of what it leaves unexplained."""
     if is_traced(sxx):
         best_map = _traced_best_map(sxx, syx)
     else:
@@ -53,12 +80,7 @@ def derive(
     else:
         explained = best_map @ syx.T
         residual = syy - explained - explained.T + best_map @ sxx @ best_map.T
-    # Noiseless data leave rounding errors of the size of syy, not of the residual.
-    residual, scale = symmetrized(residual), abs(syy).max()
-    spread, axes = eigh(residual, scale)
-    if is_traced(residual, spread):
-        return Derived(eigenvalues, eigenvectors, matrix_root(residual, spread, axes), best_map)
-    return Derived(eigenvalues, eigenvectors, (axes * np.sqrt(spread)) @ axes.T, best_map)
+    return best_map, residual
 
 
 def _traced_best_map(
@@ -66,20 +88,6 @@ def _traced_best_map(
 ) -> Float[Given, "d_out d_in"]:
     cutoff = 100 * len(sxx) * np.finfo(working_dtype()).eps
     return syx @ jnp.linalg.pinv(sxx, rtol=cutoff, hermitian=True)
-
-
-def check_finite(syy: Float[Given, "d_out d_out"], derived: Derived) -> None:
-    """Check that nothing overflowed on the way.
-
-    **Raises:** `ValueError` if something did.
-    """
-    if not is_traced(syy, derived) and not all(
-        np.all(np.isfinite(array)) for array in (syy, *derived)
-    ):
-        raise ValueError(
-            "data: the least-squares map of these moments or what it leaves unexplained overflows; "
-            "rescale inputs and targets to sizes near 1."
-        )
 
 
 def eigh(
