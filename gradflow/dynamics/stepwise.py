@@ -69,8 +69,8 @@ def stepped(
 ) -> Weights:
     """The weights after the given numbers of steps, one `(T, d_i, d_{i-1})` array a layer.
 
-    Reverse mode keeps the states between stretches of steps and computes the others again, where
-    the length of a stretch divides all the numbers.
+    Reverse mode keeps the states between stretches of steps, which are as long as divides all the
+    numbers, and computes the others again.
     """
     stride = max(int(np.gcd.reduce(numbers)), 1)
 

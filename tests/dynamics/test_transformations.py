@@ -178,7 +178,9 @@ def test_a_flow_is_differentiated_forwards_by_start_and_target(differences):
     np.testing.assert_allclose(slope, differences[0], rtol=1e-7)
 
 
-@pytest.mark.parametrize("inner", [jax.jacrev, jax.jacfwd])
+@pytest.mark.parametrize(
+    "inner", [jax.jacrev, pytest.param(jax.jacfwd, marks=pytest.mark.slow)], ids=["rev", "fwd"]
+)
 def test_a_flow_has_second_derivatives(inner, differences):
     def both(at: Array) -> tuple[Array, Array]:
         slope = inner(lambda at: _flowed(at, diffrax.Tsit5()))(at)
@@ -189,6 +191,7 @@ def test_a_flow_has_second_derivatives(inner, differences):
     np.testing.assert_allclose(curvature, differences[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_directions_and_starts_may_be_batched(differences):
     """Under `vmap` within and around the derivative, with one direction for all starts."""
     starts = jnp.stack([AT, AT + 0.1, AT])
@@ -203,10 +206,11 @@ def test_directions_and_starts_may_be_batched(differences):
 
 
 FLOWS = [
-    gf.GradientFlow(stiff=True),
     gf.HeavyBallFlow(0.1, 0.5),
-    gf.ModifiedFlow(0.1),
-    gf.PrincipalFlow(0.1),
+    *(
+        pytest.param(flow, marks=pytest.mark.slow)
+        for flow in (gf.GradientFlow(stiff=True), gf.ModifiedFlow(0.1), gf.PrincipalFlow(0.1))
+    ),
 ]
 
 
