@@ -7,7 +7,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from gradflow.dynamics.base import (
@@ -190,7 +189,7 @@ class GradientDescent(AbstractDynamics):
         net: DeepLinear,
         times: ArrayLike | Sequence[float] | None = None,
         *,
-        steps: Sequence[int] | np.ndarray | None = None,
+        steps: ArrayLike | Sequence[int] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Weights:
         """The weights at increasing flow times, one `(T, d_i, d_{i-1})` array a layer.

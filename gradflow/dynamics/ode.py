@@ -102,7 +102,8 @@ class AbstractOdeFlow(AbstractDynamics):
         A pure function, for use inside `jax.jit`, `jax.vmap` and `jax.grad`: a sweep over starts,
         problems or settings of the flow is one compiled program. It can be differentiated in
         reverse mode, in forward mode, and forwards over either for second derivatives
-        (`jax.hessian`); not in reverse mode over a derivative. `simulate` integrates in the same way, and watches.
+        (`jax.hessian`); not in reverse mode over a derivative. `simulate` integrates in the same
+        way, and watches.
 
         **Arguments:**
 

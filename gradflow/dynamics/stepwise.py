@@ -20,7 +20,7 @@ def step_numbers(
     owner: str,
     step_size: Scalar | None,
     times: ArrayLike | Sequence[float] | None,
-    steps: Sequence[int] | Int[np.ndarray, " T"] | None,
+    steps: ArrayLike | Sequence[int] | None,
 ) -> Int[np.ndarray, " T"]:
     """The numbers of steps at which the weights are asked for, as they are or nearest to times.
 
