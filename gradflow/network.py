@@ -8,10 +8,10 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from gradflow.products import product
+from gradflow.tracing import as_floats, is_traced
 from gradflow.types import EndToEnd, Weights
 
 
@@ -49,7 +49,7 @@ class DeepLinear(eqx.Module):
                     f"{below.shape}; W_{i + 1} needs {below.shape[0]} columns (first layer first)."
                 )
         for i, w in enumerate(layers, start=1):
-            if not isinstance(w, Tracer) and not np.all(np.isfinite(np.asarray(w))):
+            if not is_traced(w) and not np.all(np.isfinite(np.asarray(w))):
                 raise ValueError(f"weights: W_{i} has entries that are not finite.")
         self.weights = layers
 
@@ -91,8 +91,8 @@ def _as_layer(i: int, values: Any) -> Float[Array, "..."]:
             "as values.filled(0.0)."
         )
     try:
-        return jnp.asarray(values, jnp.result_type(float))
-    except (TypeError, ValueError) as error:
+        return as_floats(values)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"weights: W_{i} must be a matrix (d_{i}, d_{i - 1}) of real numbers with rows of "
             f"equal length; got {values!r}."

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gradflow.data import Regression
+from gradflow.data.roots import inverse_root, matrix_root
 from gradflow.loss import on_inputs, pull_back
 from gradflow.network import end_to_end
 from gradflow.regularizers.averaged import (
@@ -94,10 +95,10 @@ class Problem(eqx.Module):
         self.regularizers = tuple(regularizers)
         values, vectors = data.sxx_eigenvalues, data.sxx_eigenvectors
         noisy = values + self.input_variance
-        self.root = (vectors * jnp.sqrt(values)) @ vectors.T
-        self.inverse_root = (vectors * _inverse_roots(values)) @ vectors.T
-        self.noisy_root = (vectors * jnp.sqrt(noisy)) @ vectors.T
-        self.noisy_inverse_root = (vectors * _inverse_roots(noisy)) @ vectors.T
+        self.root = matrix_root(data.sxx, values, vectors)
+        self.inverse_root = inverse_root(data.sxx, values, vectors)
+        self.noisy_root = matrix_root(self.input_moment, noisy, vectors)
+        self.noisy_inverse_root = inverse_root(self.input_moment, noisy, vectors)
 
     @property
     def is_stochastic(self) -> bool:
@@ -281,10 +282,3 @@ class Problem(eqx.Module):
     def add_penalties(self, gradient: Weights, weights: Weights) -> Weights:
         """The gradient plus the gradients of all penalties."""
         return add_penalties(gradient, weights, self.regularizers)
-
-
-def _inverse_roots(values: Float[Array, " d_in"]) -> Float[Array, " d_in"]:
-    r"""$\lambda^{-1/2}$, and 0 where the eigenvalue is 0 up to rounding."""
-    cutoff = jnp.max(values) * values.size * jnp.finfo(values.dtype).eps
-    kept = values > cutoff
-    return jnp.where(kept, 1.0 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)

@@ -10,6 +10,8 @@ import numpy as np
 
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.descent import GradientDescent, scheduled_step_sizes
+from gradflow.dynamics.settings import MOST_COUNTED
+from gradflow.tracing import float_of
 
 Spacing: TypeAlias = Literal["lin", "log"]
 Save: TypeAlias = int | Sequence[float] | np.ndarray
@@ -17,8 +19,8 @@ Save: TypeAlias = int | Sequence[float] | np.ndarray
 LOG_DECADES = 4
 """Log-spaced times of a flow start this many decades before its end."""
 
-MOST_TICKS = 2**31 - 1
-"""Steps are 32-bit integers."""
+MOST_SAVED = 2**26
+"""Saved points of a run: half a gigabyte for the times alone."""
 
 MOST_SCHEDULED = 2**26
 """Steps of a step-size schedule whose flow times are added up: half a gigabyte."""
@@ -63,8 +65,12 @@ def schedule(
     for name, value in (("t1", t1), ("steps", steps)):
         if value is not None and not isinstance(value, Real):
             raise TypeError(f"{name} must be a number; got {value!r}.")
-    if t1 is not None and not (np.isfinite(t1) and t1 > 0):
-        raise ValueError(f"t1 must be a finite flow time > 0; got {t1}.")
+    if isinstance(save, int | np.integer) and save > MOST_SAVED:
+        raise ValueError(f"save: at most {MOST_SAVED} points are saved; got {float_of(save):.3g}.")
+    if t1 is not None:
+        t1 = float_of(t1)
+        if not (np.isfinite(t1) and t1 > 0):
+            raise ValueError(f"t1 must be a finite flow time > 0; got {t1}.")
     if dynamics.ticks_per_step is None or dynamics.step_size is None:
         if t1 is None:
             if dynamics.step_size is None:
@@ -72,32 +78,47 @@ def schedule(
                     f"steps={steps}: {type(dynamics).__name__} has no step size; give its length "
                     "as flow time t1."
                 )
-            t1 = _checked_steps(steps, 1) * float(dynamics.step_size)
+            t1 = _end(_checked_steps(steps, 1), float(dynamics.step_size))
         times = _flow_times(float(t1), save, spacing)
         return Schedule(times, times, None)
     if isinstance(dynamics, GradientDescent) and dynamics.schedule is not None:
         return _scheduled(dynamics.schedule, t1, steps, save, spacing)
     h = float(dynamics.step_size)
     if t1 is not None:
-        steps = round(float(t1) / h)
+        with np.errstate(over="ignore"):
+            count = float(np.float64(t1) / h)
+        steps = round(count) if count <= MOST_COUNTED else count
         if steps < 1:
             raise ValueError(_too_short(t1, h))
     finest = max(dynamics.ticks_per_step, getattr(dynamics, "path_substeps", 1))
     steps = _checked_steps(steps, finest)
-    end = steps * h if t1 is None else max(float(t1), steps * h)
+    end = _end(steps, h) if t1 is None else max(float(t1), _end(steps, h))
     saved = _grid_steps(steps, save, spacing, h, end)
     return Schedule(saved * dynamics.ticks_per_step, saved * h, saved)
 
 
 def _checked_steps(steps: Any, finest: int) -> int:
-    if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
+    if isinstance(steps, bool) or not steps >= 1:
         raise ValueError(f"steps must be an integer >= 1; got {steps!r}.")
-    if steps * finest > MOST_TICKS:
+    if steps * finest > MOST_COUNTED:
         raise ValueError(
-            f"steps={steps}: at most {MOST_TICKS // finest} steps can be addressed; use a "
-            "larger step size or continue from the final network."
+            f"steps={float_of(steps):.10g}: at most {MOST_COUNTED // finest} steps can be "
+            "addressed; use a larger step size or continue from the final network."
         )
+    if not isinstance(steps, int | np.integer):
+        raise ValueError(f"steps must be an integer >= 1; got {steps!r}.")
     return int(steps)
+
+
+def _end(steps: int, h: float) -> float:
+    """The flow time after so many steps."""
+    end = steps * h
+    if not np.isfinite(end):
+        raise ValueError(
+            f"steps={steps} of size {h:g} end beyond the largest flow time a number can hold; make "
+            "the run shorter or the steps smaller."
+        )
+    return end
 
 
 def _too_short(t1: float, h: float) -> str:
@@ -220,7 +241,10 @@ def _grid_steps(steps: int, save: Save, spacing: Spacing, h: float, end: float) 
 
 
 def _checked_times(save: Save, t1: float) -> np.ndarray:
-    times = np.asarray(save, dtype=float)
+    try:
+        times = np.asarray(save, dtype=float)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"save must be a number of points or flow times; got {save!r}.") from error
     if times.ndim != 1 or times.size == 0 or not np.all(np.isfinite(times)):
         raise ValueError("save: explicit times must be a non-empty list of finite flow times.")
     if np.any(np.diff(times) <= 0) or times[0] < 0:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -11,28 +12,37 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
 from jaxtyping import PRNGKeyArray
 
 from gradflow.describe import describe
 from gradflow.devices import Devices
-from gradflow.dynamics.base import AbstractDynamics
+from gradflow.dynamics.base import AbstractDynamics, squared_norm
 from gradflow.dynamics.normals import check_normals, check_pairs
 from gradflow.ensemble_statistics import QUANTILES, EnsembleStatistics
 from gradflow.labels import labelled
-from gradflow.memory import paths_at_once
+from gradflow.memory import COPIES, available, paths_at_once
 from gradflow.network import DeepLinear, widths_of
-from gradflow.observables import BUILT_IN, ObservableSpec, resolve
+from gradflow.observables import BUILT_IN, Observable, ObservableSpec, resolve
 from gradflow.problem import Problem
 from gradflow.progress import ProgressBar, Report, automatic
 from gradflow.record import AbstractRecord, PathRecord, StatisticsRecord
 from gradflow.runner import Runner
 from gradflow.schedule import Save, Spacing, schedule
 from gradflow.streams import Normals
+from gradflow.tracing import float_of, is_traced
 from gradflow.trajectory import Trajectory
 from gradflow.types import Weights
 
 STORED_BY_DEFAULT = 64 * 2**20
 """Bytes of weights up to which they are stored without being asked for."""
+
+
+MOST_PATHS = 2**32
+"""Paths are numbered with 32 bits."""
+
+UNBOUNDED = ("loss_floor",)
+"""Built-in observables that are infinite where there is nothing stationary to be measured."""
 
 
 class InterruptedWarning(UserWarning):
@@ -145,6 +155,7 @@ def simulate(
     **Raises:** `ValueError` or `TypeError` for bad input, before anything is computed;
     `MemoryError` if there is no room for what is saved of all paths.
     """
+    _check_untraced(dynamics, (problem, net, key))
     starts, total = _starts(problem, net, replicas)
     replica_axis = replicas is not None or not isinstance(net, DeepLinear)
     if not isinstance(dynamics, AbstractDynamics):
@@ -160,7 +171,9 @@ def simulate(
         raise ValueError(f"chunk must be an integer >= 1 or None; got {chunk!r}.")
     _check_keep(keep, quantiles, store_weights)
     words = _key_words(key)
-    dynamics.check(problem, _stacked(starts, 0, len(starts)))
+    stacked = _stacked(starts, 0, len(starts))
+    _check_norms(stacked)
+    dynamics.check(problem, stacked)
     layers = starts[0]
     check_normals(normals, dynamics, problem, widths_of(layers))
     check_pairs(normals, total if replica_axis else None)
@@ -169,6 +182,7 @@ def simulate(
     storing = stored <= STORED_BY_DEFAULT if store_weights is None else store_weights
     shapes = dynamics.noise_shapes(problem, widths_of(layers))
     held = (*layers, *jax.tree.leaves(shapes))
+    _check_room(held)
     size = min(total, _fitting(held, total) if chunk is None else chunk)
     size += size % 2 if paired else 0  # statistics need both replicas of a pair at once
 
@@ -194,6 +208,7 @@ def simulate(
     if record.times == 0:
         raise KeyboardInterrupt
     dataset = labelled(record, plan, chosen, len(layers), replica_axis, quantiles)
+    _warn_of_overflow(dataset, chosen)
     done = record.paths
     if record.end is not None:
         lost = record.lost - len(record.incomplete)
@@ -293,6 +308,19 @@ def repeat(trajectory: Trajectory | EnsembleStatistics) -> Trajectory | Ensemble
     )
 
 
+def _check_untraced(dynamics: Any, rest: Any) -> None:
+    """Raise a `TypeError` inside transformations of JAX, where a run cannot be watched."""
+    if not is_traced(dynamics, rest, jnp.zeros(())):
+        return
+    kind = type(dynamics).__name__
+    instead = f"use {kind}(...).solve(problem, net, times)"
+    if not hasattr(dynamics, "solve"):
+        instead = f"{kind} runs outside of them only; GradientFlow and GradientDescent have .solve"
+    raise TypeError(
+        f"simulate watches a run from outside and cannot be part of jit, vmap or grad: {instead}."
+    )
+
+
 @functools.cache
 def _versions() -> str:
     return json.dumps({p: version(p) for p in ("gradflow", "jax", "diffrax", "equinox", "numpy")})
@@ -325,6 +353,11 @@ def _starts(
         )
     if replicas is not None and not _is_count(replicas):
         raise ValueError(f"replicas must be an integer >= 1 or None; got {replicas!r}.")
+    if replicas is not None and replicas > MOST_PATHS:
+        raise ValueError(
+            f"replicas: at most {MOST_PATHS} paths have random numbers of their own; got "
+            f"{float_of(replicas):.3g}."
+        )
     if isinstance(net, DeepLinear):
         return [net.weights], 1 if replicas is None else int(replicas)
     if replicas is not None and replicas != len(nets):
@@ -350,6 +383,48 @@ def _stacked(starts: list[Weights], first: int, count: int) -> Weights:
         some = [starts[min(r, len(starts) - 1)] for r in range(first, first + count)]
         layers = [np.stack(copies, axis=-1) for copies in zip(*some, strict=True)]
     return jax.device_put(tuple(layers))
+
+
+def _check_norms(weights: Weights) -> None:
+    """Raise a `ValueError` for weights whose squares no float can hold."""
+    norms = np.asarray(squared_norm(weights))
+    if not np.all(np.isfinite(norms)):
+        dtype = weights[0].dtype
+        largest = max(float(np.abs(w[..., np.argmin(np.isfinite(norms))]).max()) for w in weights)
+        raise ValueError(
+            f"net: weights as large as {largest:.3g} overflow when squared, beyond "
+            f"{np.finfo(dtype).max:.2g}; rescale the network and the data."
+        )
+
+
+def _check_room(arrays: Sequence[Any]) -> None:
+    """Raise a `MemoryError` if not even one path finds room for one step."""
+    needed = COPIES * sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+    there = available(jax.local_devices())
+    if needed > there:
+        raise MemoryError(
+            f"a step of one path takes {needed / 1e9:.3g} GB, random numbers included, and "
+            f"{there / 1e9:.3g} GB are free; use a smaller batch or a smaller network."
+        )
+
+
+def _warn_of_overflow(dataset: xr.Dataset, chosen: Sequence[Observable]) -> None:
+    """Warn of built-in observables that no float can hold, of paths that have not diverged."""
+    finite = [o.name for o in chosen if BUILT_IN.get(o.name) is o and o.name not in UNBOUNDED]
+    for name, variable in dataset.data_vars.items():
+        base = next((f for f in finite if name == f or str(name).startswith(f"{f}_")), None)
+        if base is None or variable.dtype.kind != "f":
+            continue
+        infinite = np.isinf(variable).any([dim for dim in variable.dims if dim != "time"])
+        if infinite.any():
+            time = dataset["time"].values[int(np.argmax(infinite.values))]
+            warnings.warn(
+                f"{name} is infinite at t = {time:g}: it is beyond "
+                f"{np.finfo(variable.dtype).max:.2g}, the largest number there is, and no path has "
+                "diverged; rescale the data and the network.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def _fitting(arrays: Sequence[Any], total: int) -> int:

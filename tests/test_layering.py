@@ -17,6 +17,7 @@ import pytest
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "types",
+        "tracing",
         "gaussian",
         "streams",
         "independence",
@@ -87,6 +88,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "settings",
         "layers",
         "noise",
+        "stepwise",
         "ode",
         "optimizers",
         "from_optax",
@@ -132,7 +134,15 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "stabilized",
         "switching",
     ),
-    "data": ("moments", "fourth_moments", "preprocess", "files", "bundled", "regression"),
+    "data": (
+        "roots",
+        "moments",
+        "fourth_moments",
+        "preprocess",
+        "files",
+        "bundled",
+        "regression",
+    ),
     "accumulators": ("moments", "sketch"),
     "regularizers": ("averaged", "diffusion", "sampled"),
     "closed_forms": (

@@ -6,10 +6,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Array, Float
+
+from gradflow.tracing import as_floats, is_traced
 
 MatrixLike: TypeAlias = Any
 """Numbers, nested lists, NumPy or JAX arrays, pandas objects; converted to a float64 array."""
+
+Given: TypeAlias = np.ndarray | Array
+"""Arrays of data: NumPy's in double precision, or traced by JAX, whose values are not checked."""
 
 Columns: TypeAlias = str | int | Sequence[str | int]
 """One column or several, each by name or by position (negative positions count from the end)."""
@@ -21,8 +26,8 @@ MOST_NAMES_SHOWN = 40
 class Table:
     """Samples with the names of their columns, before any preprocessing."""
 
-    x: Float[np.ndarray, "n d_in"]
-    y: Float[np.ndarray, "_ d_out"]
+    x: Float[Given, "n d_in"]
+    y: Float[Given, "_ d_out"]
     input_names: tuple[str, ...]
     target_names: tuple[str, ...]
 
@@ -35,8 +40,8 @@ class Table:
             )
 
 
-def as_array(value: MatrixLike, field: str) -> Float[np.ndarray, "..."]:
-    """Convert `value` to a finite float64 array of at least one entry.
+def as_array(value: MatrixLike, field: str) -> Float[Given, "..."]:
+    """Convert `value` to a finite float64 array of at least one entry; a traced one to JAX's.
 
     **Raises:** `ValueError` naming `field` (and the first bad entry) if `value` is ragged, empty,
     not real numbers, or has an entry that is not finite.
@@ -44,7 +49,7 @@ def as_array(value: MatrixLike, field: str) -> Float[np.ndarray, "..."]:
     array = _numbers(value, field)
     if array.size == 0:
         raise ValueError(f"{field}: is empty (shape {array.shape}); give at least one entry.")
-    if not np.all(np.isfinite(array)):
+    if not is_traced(array) and not np.all(np.isfinite(array)):
         bad = np.argwhere(~np.isfinite(array))
         first = tuple(int(k) for k in bad[0])
         raise ValueError(
@@ -60,7 +65,7 @@ def as_samples(
     prefix: str,
     names: Sequence[str] | None = None,
     vector_is_column: bool = False,
-) -> tuple[Float[np.ndarray, "n d"], tuple[str, ...]]:
+) -> tuple[Float[Given, "n d"], tuple[str, ...]]:
     """Convert `value` to samples `(n, d)` and the names of its columns.
 
     **Arguments:**
@@ -90,7 +95,7 @@ def as_samples(
     if 0 in value.shape:
         raise ValueError(f"{field}: is empty (shape {value.shape}); give at least one sample.")
     labels = column_names(names, value.shape[1], field, prefix)
-    bad = np.argwhere(~np.isfinite(value))
+    bad = [] if is_traced(value) else np.argwhere(~np.isfinite(value))
     if len(bad):
         row, column = (int(k) for k in bad[0])
         raise ValueError(
@@ -181,7 +186,7 @@ def list_names(names: Sequence[str]) -> str:
     return shown if rest <= 0 else f"{shown} and {rest} more"
 
 
-def _numbers(value: MatrixLike, field: str) -> Float[np.ndarray, "..."]:
+def _numbers(value: MatrixLike, field: str) -> Float[Given, "..."]:
     """Convert to a new float64 array, keeping entries that are not finite."""
     if np.ma.isMaskedArray(value):
         raise ValueError(
@@ -189,6 +194,8 @@ def _numbers(value: MatrixLike, field: str) -> Float[np.ndarray, "..."]:
             "fill it with value.filled(...)."
         )
     try:
+        if is_traced(value):
+            return as_floats(value)
         array = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{field}: rows differ in length; give a rectangular array.") from error

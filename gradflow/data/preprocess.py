@@ -2,10 +2,13 @@
 
 from typing import Literal, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from gradflow.data.base import Table, list_names
+from gradflow.data.base import Given, Table, list_names
+from gradflow.data.roots import eigenpairs, inverse_root
+from gradflow.tracing import is_traced
 
 Standardize: TypeAlias = bool | Literal["inputs", "targets", "both"]
 
@@ -34,6 +37,11 @@ def preprocess(table: Table, standardize: object, whiten: bool, drop_constant: b
     parts = STANDARDIZE_CHOICES[standardize]
     x, y, input_names = table.x, table.y, table.input_names
     if drop_constant:
+        if is_traced(x):
+            raise TypeError(
+                "data.drop_constant: which columns are constant is not known inside jit, vmap and "
+                "grad; drop them before."
+            )
         kept = ~constant_columns(x)
         if not kept.any():
             raise ValueError("data.x: every column is constant; there is nothing to learn from.")
@@ -48,15 +56,17 @@ def preprocess(table: Table, standardize: object, whiten: bool, drop_constant: b
     return Table(x, y, input_names, table.target_names)
 
 
-def constant_columns(x: Float[np.ndarray, "n d"]) -> np.ndarray:
-    """Which columns are constant up to rounding, boolean `(d,)`."""
-    x = _rescaled(x)
+def constant_columns(x: Float[Given, "n d"]) -> np.ndarray:
+    """Which columns are constant up to rounding, boolean `(d,)`; traced ones are taken to vary."""
+    if is_traced(x):
+        return np.zeros(x.shape[1], bool)
+    x = _rescaled(np.asarray(x))
     return np.ptp(x, axis=0) <= ROUNDING * np.abs(x).max(axis=0)
 
 
 def standardized(
-    x: Float[np.ndarray, "n d"], field: str, names: tuple[str, ...], fix: str
-) -> Float[np.ndarray, "n d"]:
+    x: Float[Given, "n d"], field: str, names: tuple[str, ...], fix: str
+) -> Float[Given, "n d"]:
     """Every column minus its mean, divided by its population standard deviation.
 
     **Raises:** `ValueError` listing the constant columns, if there are any.
@@ -68,12 +78,12 @@ def standardized(
             f"{field}: cannot standardise constant columns {listed} ('{names[constant[0]]}' is "
             f"{x[0, constant[0]]} in every row); {fix}, or do not standardise."
         )
-    x = _rescaled(x)
+    x = x if is_traced(x) else _rescaled(np.asarray(x))
     x = x - x.mean(axis=0)
     return x / x.std(axis=0)
 
 
-def whitened(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+def whitened(x: Float[Given, "n d"]) -> Float[Given, "n d"]:
     r"""Symmetrically whitened inputs $\tilde x = \Sigma_{xx}^{-1/2} x$ with identity second moment.
 
     Computed as $\sqrt n$ times the polar factor of the sample matrix, which is accurate to
@@ -81,6 +91,9 @@ def whitened(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 
     **Raises:** `ValueError` if the second moment of the inputs is singular.
     """
+    if is_traced(x):
+        moment = x.T @ x / x.shape[0]
+        return jnp.asarray(x) @ inverse_root(moment, *eigenpairs(moment))
     left, singular, right = np.linalg.svd(x, full_matrices=False)
     rank = int(np.sum(singular > SINGULAR * singular[0]))
     if rank < x.shape[1]:

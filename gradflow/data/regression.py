@@ -9,15 +9,23 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.data import moments
-from gradflow.data.base import Columns, MatrixLike, Table, as_array, as_samples, column_names
+from gradflow.data.base import (
+    Columns,
+    Given,
+    MatrixLike,
+    Table,
+    as_array,
+    as_samples,
+    column_names,
+)
 from gradflow.data.bundled import bundled_table
 from gradflow.data.files import read_file
 from gradflow.data.fourth_moments import FourthMoments, fourth_moments
 from gradflow.data.preprocess import Standardize, preprocess
+from gradflow.tracing import is_traced
 
 
 class Regression(eqx.Module):
@@ -94,7 +102,13 @@ class Regression(eqx.Module):
                 "one target of many inputs is [[...]], many targets of one input [[.], [.]]."
             )
         d_out, d_in = matrix.shape
-        syy = matrix @ matrix.T
+        with np.errstate(over="ignore"):
+            syy = matrix @ matrix.T
+        if not is_traced(syy) and not np.all(np.isfinite(syy)):
+            raise ValueError(
+                f"data.target: entries as large as {np.abs(matrix).max():.3g} overflow when "
+                "squared; rescale the targets."
+            )
         if residual is not None:
             covariance = as_array(residual, "data.residual")
             if covariance.ndim == 0:
@@ -294,7 +308,7 @@ class Regression(eqx.Module):
             sxx = np.eye(x.shape[1]) if whiten else x.T @ x / n
             syx, syy = y.T @ x / n, y.T @ y / n
         for moment, field, part in ((sxx, "x", "inputs"), (syy, "y", "targets")):
-            if not np.all(np.isfinite(moment)):
+            if not is_traced(moment) and not np.all(np.isfinite(moment)):
                 raise ValueError(
                     f"data.{field}: entries as large as {np.abs(getattr(table, field)).max():.3g} "
                     f'overflow when squared; rescale them or pass standardize="{part}".'
@@ -304,30 +318,29 @@ class Regression(eqx.Module):
     @classmethod
     def _build(
         cls,
-        sxx: Float[np.ndarray, "d_in d_in"],
-        syx: Float[np.ndarray, "d_out d_in"],
-        syy: Float[np.ndarray, "d_out d_out"],
+        sxx: Float[Given, "d_in d_in"],
+        syx: Float[Given, "d_out d_in"],
+        syy: Float[Given, "d_out d_out"],
         n: MatrixLike,
-        x: Float[np.ndarray, "samples d_in"] | None,
-        y: Float[np.ndarray, "samples d_out"] | None,
+        x: Float[Given, "samples d_in"] | None,
+        y: Float[Given, "samples d_out"] | None,
         name: str,
         input_names: Sequence[str] | None,
         target_names: Sequence[str] | None,
     ) -> "Regression":
         """Derive everything from checked moments, rounded to the type JAX computes in."""
         count = as_array(n, "data.n")
-        if count.size != 1 or count.item() < 1:
+        if count.size != 1 or (not is_traced(count) and count.item() < 1):
             raise ValueError(
                 f"data.n: got {n}; it counts the samples whose noise is averaged in one step and "
                 "must be a number of at least 1."
             )
         dtype = moments.working_dtype()
-        sxx, syx, syy = (
-            moment.astype(dtype).astype(np.float64)
-            for moment in (moments.symmetrized(sxx), syx, moments.symmetrized(syy))
+        sxx, syx, syy = map(
+            moments.rounded, (moments.symmetrized(sxx), syx, moments.symmetrized(syy))
         )
         if x is not None and y is not None:
-            x, y = (sample.astype(dtype).astype(np.float64) for sample in (x, y))
+            x, y = moments.rounded(x), moments.rounded(y)
         derived = moments.derive(sxx, syx, syy, x, y)
         fourth = None
         if x is not None and y is not None:
@@ -343,11 +356,11 @@ class Regression(eqx.Module):
             x=None if x is None else jnp.asarray(x, dtype),
             y=None if y is None else jnp.asarray(y, dtype),
             fourth_moments=fourth,
-            n=jnp.asarray(count.item(), dtype),
+            n=jnp.asarray(count.reshape(()), dtype),
             name=name,
             input_names=column_names(input_names, len(sxx), "data.input_names", "x"),
             target_names=column_names(target_names, len(syy), "data.target_names", "y"),
-            is_white=np.array_equal(sxx, np.eye(len(sxx))),
+            is_white=not is_traced(sxx) and np.array_equal(sxx, np.eye(len(sxx))),
         )
 
     @property
@@ -377,7 +390,7 @@ class Regression(eqx.Module):
             "data.best_map for the one of smallest norm."
         )
         singular = self.sxx_eigenvalues[0] == 0
-        if isinstance(singular, Tracer):
+        if is_traced(singular):
             return eqx.error_if(self.best_map, singular, message)
         if singular:
             rank = int(jnp.sum(self.sxx_eigenvalues > 0))
@@ -430,7 +443,7 @@ class Regression(eqx.Module):
         }
 
 
-def _check_shape(matrix: np.ndarray, shape: tuple[int, ...], field: str, other: str) -> None:
+def _check_shape(matrix: Given, shape: tuple[int, ...], field: str, other: str) -> None:
     if matrix.shape != shape:
         raise ValueError(f"{field}: needs shape {shape} to match {other}, got {matrix.shape}.")
 

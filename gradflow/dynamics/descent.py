@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from gradflow.dynamics.base import (
     AbstractDynamics,
@@ -36,8 +36,10 @@ from gradflow.dynamics.settings import (
     checked_momentum,
     checked_step_size,
     checked_velocity,
+    remembered,
 )
-from gradflow.network import widths_of
+from gradflow.dynamics.stepwise import step_numbers, stepped
+from gradflow.network import DeepLinear, widths_of
 from gradflow.problem import Problem
 from gradflow.streams import Source
 from gradflow.types import Scalar, Weights
@@ -103,8 +105,7 @@ class GradientDescent(AbstractDynamics):
             if callable(step_size)
             else checked_step_size("GradientDescent", step_size)
         )
-        beta = checked_momentum("GradientDescent", momentum)
-        self.momentum = beta if float(beta) > 0.0 else None
+        self.momentum = remembered(checked_momentum("GradientDescent", momentum))
         self.decay = checked_decay("GradientDescent", decay)
         self.velocity = checked_velocity("GradientDescent", velocity)
         self.path_substeps = checked_count("GradientDescent.path_substeps", path_substeps)
@@ -119,7 +120,7 @@ class GradientDescent(AbstractDynamics):
         if self.optimizer is not None:
             if self.momentum is not None:
                 raise ValueError(
-                    f"GradientDescent.momentum={float(beta):g}: an optimizer brings its own "
+                    f"GradientDescent.momentum={momentum}: an optimizer brings its own "
                     "momentum; set it there, as in functools.partial(optax.sgd, momentum=0.9)."
                 )
             made = self._transformation()
@@ -183,29 +184,86 @@ class GradientDescent(AbstractDynamics):
         widths = widths_of(state.weights)
 
         def draw(first_step: Array) -> tuple[Any, Any]:
-            steps = first_step + jnp.arange(block)
-            noise = drawn_on_grid(problem, source.at(steps), widths, self.path_substeps)
-            if self.schedule is None:
-                return noise, None
-            step_sizes = scheduled_step_sizes(self.schedule, steps)
-            return noise, jnp.broadcast_to(step_sizes[:, None], (block, source.paths.size))
+            return self._numbers(problem, source, first_step + jnp.arange(block), widths)
 
         def run(state: State, first: Array, last: Array) -> State:
-            def step(
-                weights: Weights, memory: _Memory, numbers: tuple[Any, Any]
-            ) -> tuple[Weights, _Memory]:
-                noise, scheduled = numbers
-                h = self.step_size if scheduled is None else scheduled
-                return self._step(problem, weights, memory, noise, h)
-
             def one(j: Array, carry: tuple[Weights, Any]) -> tuple[Weights, Any]:
-                moved, memory = over_paths(step)(*carry, at_step(state.noise, j))
-                return bury(moved, state.limit), memory
+                return self._stepped(problem, carry, at_step(state.noise, j), state.limit)
 
             weights, memory = repeated(first, last, one, (state.weights, state.memory))
             return State(weights, memory, state.noise, state.limit)
 
         return advance_in_blocks(state, start, stop, block, draw, run)
+
+    def solve(
+        self,
+        problem: Problem,
+        net: DeepLinear,
+        times: ArrayLike | Sequence[float] | None = None,
+        *,
+        steps: ArrayLike | Sequence[int] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Weights:
+        """The weights at increasing flow times, one `(T, d_i, d_{i-1})` array a layer.
+
+        A pure function, for use inside `jax.jit`, `jax.vmap` and derivatives of either mode and any
+        order, as those of the flows. The path is that of replica 0 of `simulate` with the same key.
+
+        **Arguments:**
+
+        - `times`: `(T,)` flow times >= 0, rounded to the nearest step; or `steps`: numbers of
+            steps >= 0, which a schedule and derivatives by the step size need. Both fix the number
+            of steps and must be known outside `jit`.
+        - `key`: `jax.random.key(seed)`; needed if the problem is random.
+
+        **Returns:** the weights, NaN once they have diverged.
+
+        **Raises:** `ValueError` or `TypeError` naming the argument that makes no sense.
+        """
+        known = self.step_size if self.schedule is None else None
+        numbers = step_numbers("GradientDescent", known, times, steps)
+        if self.is_random(problem) and key is None:
+            raise ValueError("key: this run is random; pass key=jax.random.key(seed).")
+        weights = tuple(w[..., None] for w in net.weights)
+        self.check(problem, weights)
+        state = self.init(problem, weights)
+        words = jnp.zeros((2,), jnp.uint32) if key is None else key
+        source = Source(words, jnp.zeros((1,), jnp.uint32))
+
+        def step(k: Int[Array, ""], carry: tuple[Weights, Any]) -> tuple[Weights, Any]:
+            drawn = self._numbers(problem, source, k[None], net.widths)
+            return self._stepped(problem, carry, at_step(drawn, 0), state.limit)
+
+        return stepped(step, (state.weights, state.memory), numbers)
+
+    def _numbers(
+        self, problem: Problem, source: Source, steps: Array, widths: tuple[int, ...]
+    ) -> tuple[Any, Any]:
+        """The random numbers of some steps, and their step sizes if a schedule gives them."""
+        noise = drawn_on_grid(problem, source.at(steps), widths, self.path_substeps)
+        if self.schedule is None:
+            return noise, None
+        step_sizes = scheduled_step_sizes(self.schedule, steps)
+        return noise, jnp.broadcast_to(step_sizes[:, None], (steps.size, source.paths.size))
+
+    def _stepped(
+        self,
+        problem: Problem,
+        carry: tuple[Weights, Any],
+        numbers: tuple[Any, Any],
+        limit: Float[Array, " paths"],
+    ) -> tuple[Weights, Any]:
+        """Weights and memory of every path after one step."""
+
+        def step(
+            weights: Weights, memory: _Memory, numbers: tuple[Any, Any]
+        ) -> tuple[Weights, _Memory]:
+            noise, scheduled = numbers
+            h = self.step_size if scheduled is None else scheduled
+            return self._step(problem, weights, memory, noise, h)
+
+        moved, memory = over_paths(step)(*carry, numbers)
+        return bury(moved, limit), memory
 
     def _step(
         self,

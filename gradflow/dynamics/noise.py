@@ -21,7 +21,7 @@ def shapes_of_one(draw: Callable[[Stream], Any]) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:-1], leaf.dtype), drawn)
 
 
-def at_step(noise: Any, step: Array) -> Any:
+def at_step(noise: Any, step: Array | int) -> Any:
     """The entries of one step of a block."""
     return jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, step, keepdims=False), noise

@@ -1,6 +1,7 @@
 """Dynamics that are ordinary differential equations, integrated with adaptive steps."""
 
 import abc
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -28,12 +29,14 @@ from gradflow.problem import Problem
 from gradflow.products import in_groups
 from gradflow.regularizers.base import as_parameter
 from gradflow.solvers.base import largest
+from gradflow.solvers.both_modes import in_both_modes
 from gradflow.solvers.dense_or_krylov import DenseOrKrylov
 from gradflow.solvers.gauss_legendre import GaussLegendre
 from gradflow.solvers.relative_errors import RelativeErrors
 from gradflow.solvers.rest import RestController, RestMemory, is_at_rest
 from gradflow.solvers.resumable import ResumableController
 from gradflow.streams import Source
+from gradflow.tracing import is_traced
 from gradflow.types import Scalar, Weights
 
 PROPORTIONAL, INTEGRAL = 0.2, 0.4
@@ -58,6 +61,9 @@ SHORT_STEPS = 2000
 
 RUNAWAY = 1e-6
 """Relative change of the state within one step of a collapsed length above which it explodes."""
+
+BACKWARD = diffrax.RecursiveCheckpointAdjoint(CHECKPOINTS)
+"""How a solve is differentiated, unless forwards."""
 
 MANY = 1000
 """Size of the state from which on its layers are kept apart: putting them together costs more."""
@@ -149,8 +155,10 @@ class AbstractOdeFlow(AbstractDynamics):
         """The weights at increasing flow times, one `(T, d_i, d_{i-1})` array a layer.
 
         A pure function, for use inside `jax.jit`, `jax.vmap` and `jax.grad`: a sweep over starts,
-        problems or settings of the flow is one compiled program, and what depends on the weights
-        can be differentiated (in reverse mode). `simulate` integrates in the same way, and watches.
+        problems or settings of the flow is one compiled program. It can be differentiated in
+        reverse mode, in forward mode, and forwards over either for second derivatives
+        (`jax.hessian`); not in reverse mode over a derivative. `simulate` integrates in the same
+        way, and watches.
 
         **Arguments:**
 
@@ -159,30 +167,7 @@ class AbstractOdeFlow(AbstractDynamics):
         **Returns:** the weights, NaN from the first time that could not be reached.
         """
         stops = jnp.asarray(times, jnp.result_type(float))
-        state = self.init(problem, tuple(w[..., None] for w in net.weights))
-
-        def go(before: tuple[State, Array], stop: Array) -> tuple[tuple[State, Array], Weights]:
-            state, start = before
-            companions, memory = state.memory
-            solved = integrate(
-                self.field,
-                self.solver,
-                self.rtol,
-                self.atol,
-                problem,
-                (state.weights, *companions),
-                memory,
-                start,
-                stop,
-            )
-            arrived = solved.time >= stop
-            weights, *companions = jax.tree.map(
-                lambda y: jnp.where(arrived, y, jnp.nan), solved.states
-            )
-            state = State(weights, (tuple(companions), solved.memory), (), state.limit)
-            return (state, solved.time), tuple(w[..., 0] for w in weights)
-
-        return jax.lax.scan(go, (state, jnp.zeros((1,), stops.dtype)), stops)[1]
+        return in_both_modes(_solved_forward, _solved_reverse, (self, problem, net, stops))
 
 
 class SolverMemory(eqx.Module):
@@ -228,6 +213,11 @@ class Solved(eqx.Module):
     steps: Int[Array, "*paths"]
     failed: Bool[Array, "*paths"]
 
+    @classmethod
+    def at_start(cls, states: Any, memory: SolverMemory) -> "Solved":
+        """That of states at flow time 0."""
+        return _standing((states, memory, jnp.zeros_like(memory.planned)))
+
 
 def smallest_size(weights: Weights) -> Float[Array, " paths"]:
     r"""$\min_k \max_l |(W_i)_{kl}|$ over rows and columns that are not 0; infinite if all are."""
@@ -243,14 +233,55 @@ def _start(flow: AbstractOdeFlow, problem: Problem, weights: Weights) -> State:
     return State(weights, memory, (), divergence_limit(weights), progress)
 
 
+def _solved(adjoint: diffrax.AbstractAdjoint, given: tuple[Any, Problem, Any, Array]) -> Weights:
+    """The weights at the given times, by a program that one mode can differentiate."""
+    flow, problem, net, stops = given
+    if getattr(flow.solver, "scan_kind", "") is None:
+        # Left to itself diffrax differentiates the loop over the stages in reverse mode only.
+        flow = eqx.tree_at(lambda f: f.solver.scan_kind, flow, "bounded", is_leaf=_is_none)
+    state = flow.init(problem, tuple(w[..., None] for w in net.weights))
+    companions, memory = state.memory
+    start = Solved.at_start((state.weights, *companions), memory)
+
+    def go(before: Solved, stop: Array) -> tuple[Solved, Weights]:
+        after = integrate(
+            flow.field,
+            flow.solver,
+            flow.rtol,
+            flow.atol,
+            problem,
+            before.states,
+            before.memory,
+            before.time,
+            stop,
+            adjoint=adjoint,
+        )
+        arrived = after.time >= stop
+        states = jax.tree.map(lambda y: jnp.where(arrived, y, jnp.nan), after.states)
+        after = eqx.tree_at(lambda s: s.states, after, states)
+        return after, tuple(w[..., 0] for w in states[0])
+
+    return jax.lax.scan(go, start, stops)[1]
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+_solved_forward = functools.partial(_solved, diffrax.ForwardMode())
+_solved_reverse = functools.partial(_solved, BACKWARD)
+
+
 def checked_tolerances(owner: str, rtol: ArrayLike, atol: ArrayLike) -> tuple[Scalar, Scalar]:
     """Relative and absolute tolerance as arrays.
 
-    **Raises:** `ValueError` naming the field of `owner` that does not lie in (0, 1).
+    **Raises:** `ValueError` naming the field of `owner` that is no number in (0, 1).
     """
     tolerances = as_parameter(rtol, f"{owner}.rtol"), as_parameter(atol, f"{owner}.atol")
     for name, value in zip(("rtol", "atol"), tolerances, strict=True):
-        if not 0.0 < float(value) < 1.0:
+        if value.ndim != 0:
+            raise ValueError(f"{owner}.{name} must be a single number; got shape {value.shape}.")
+        if not is_traced(value) and not 0.0 < float(value) < 1.0:
             raise ValueError(f"{owner}.{name} must lie in (0, 1); got {float(value)}.")
     return tolerances
 
@@ -315,7 +346,9 @@ def advance_a_little(
         few = FEWEST
     moves = progress.may_move(stop)
     start = jnp.where(moves, progress.time, stop)
-    solved = integrate(field, solver, rtol, atol, problem, states, memory, start, stop, few)
+    solved = integrate(
+        field, solver, rtol, atol, problem, states, memory, start, stop, few, diffrax.ForwardMode()
+    )
     steps = progress.steps + solved.steps
 
     # Steps that saved times cut short say nothing.
@@ -360,6 +393,7 @@ def integrate(
     start: Float[Array, " paths"],
     stop: Array,
     most_steps: int = MOST_STEPS,
+    adjoint: diffrax.AbstractAdjoint = BACKWARD,
 ) -> Solved:
     """Integrate every path from its flow time `start` towards `stop`, each with its own steps.
 
@@ -369,6 +403,7 @@ def integrate(
 
     - `states`: a pytree of arrays that end in the path axis.
     - `most_steps`: of every path.
+    - `adjoint`: how the solve can be differentiated.
     """
 
     def solve(state: Any, memory: SolverMemory, start: Scalar, begin: Any) -> Solved:
@@ -396,7 +431,7 @@ def integrate(
             args=problem,
             saveat=diffrax.SaveAt(t1=True, controller_state=True),
             stepsize_controller=RestController(resumable, rest),
-            adjoint=diffrax.RecursiveCheckpointAdjoint(min(CHECKPOINTS, most_steps)),
+            adjoint=adjoint,
             max_steps=most_steps,
             throw=False,
         )

@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import ArrayLike
 
 from gradflow.regularizers.base import as_parameter
+from gradflow.tracing import as_floats, float_of, is_traced
 from gradflow.types import Scalar, Weights
+
+MOST_COUNTED = 2**31 - 1
+"""Steps and rows are counted in 32 bits."""
 
 Decay = Literal["coupled", "decoupled"]
 
@@ -25,6 +29,8 @@ def checked_step_size(owner: str, value: ArrayLike) -> Scalar:
     step_size = as_parameter(value, f"{owner}.step_size")
     if step_size.ndim != 0:
         raise ValueError(f"{owner}.step_size must be a single number; got {value!r}.")
+    if is_traced(step_size):
+        return step_size
     h = float(step_size)
     if not (0.0 < h < float("inf")):
         raise ValueError(f"{owner}.step_size must be a finite number > 0; got {h}.")
@@ -36,6 +42,8 @@ def checked_momentum(owner: str, value: ArrayLike) -> Scalar:
     momentum = as_parameter(value, f"{owner}.momentum")
     if momentum.ndim != 0:
         raise ValueError(f"{owner}.momentum must be a single number; got {value!r}.")
+    if is_traced(momentum):
+        return momentum
     beta = float(momentum)
     if not (0.0 <= beta < 1.0):
         raise ValueError(f"{owner}.momentum must lie in [0, 1); got {beta}.")
@@ -49,10 +57,17 @@ def checked_decay(owner: str, value: Any) -> Decay:
     return value
 
 
+def remembered(momentum: Scalar) -> Scalar | None:
+    """The momentum, or None if it is known to be 0: then no velocity is carried along."""
+    return momentum if is_traced(momentum) or float(momentum) > 0.0 else None
+
+
 def checked_count(field: str, value: Any) -> int:
-    """A whole number. **Raises:** `ValueError` unless it is an integer >= 1."""
+    """A whole number. **Raises:** `ValueError` unless it is an integer from 1 to 2^31 - 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{field} must be an integer >= 1; got {value!r}.")
+    if value > MOST_COUNTED:
+        raise ValueError(f"{field} must be at most {MOST_COUNTED}; got {float_of(value):.3g}.")
     return value
 
 
@@ -61,11 +76,11 @@ def checked_velocity(owner: str, velocity: Sequence[Any] | None) -> Weights | No
     if velocity is None:
         return None
     try:
-        layers = tuple(jnp.asarray(v, jnp.result_type(float)) for v in velocity)
-    except (TypeError, ValueError) as error:
+        layers = tuple(as_floats(v) for v in velocity)
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{owner}.velocity must be a list with one array a layer.") from error
     for i, layer in enumerate(layers, start=1):
-        if layer.ndim != 2 or not bool(jnp.all(jnp.isfinite(layer))):
+        if layer.ndim != 2 or not (is_traced(layer) or np.all(np.isfinite(layer))):
             raise ValueError(
                 f"{owner}.velocity: entry {i} must be a matrix of finite numbers, shaped like "
                 f"layer {i} of the network; got shape {layer.shape}."

@@ -28,7 +28,13 @@ from gradflow.dynamics.ode import (
     chosen_solver,
     integrate,
 )
-from gradflow.dynamics.settings import Decay, checked_decay, checked_momentum, checked_step_size
+from gradflow.dynamics.settings import (
+    Decay,
+    checked_decay,
+    checked_momentum,
+    checked_step_size,
+    remembered,
+)
 from gradflow.dynamics.slow_sde import advance_in_cells, cells_before, noise_square_rates
 from gradflow.geometry.base import check_double, output_loss
 from gradflow.geometry.curvature import minima_sharpness
@@ -48,6 +54,7 @@ from gradflow.theory.slow_noise import (
     tangential_noise,
     tangential_size,
 )
+from gradflow.tracing import is_traced
 from gradflow.types import Scalar, Weights
 
 NEAR = 0.95
@@ -155,13 +162,16 @@ class SlowFlow(AbstractDynamics):
         if not isinstance(finite_step, bool):
             raise ValueError(f"SlowFlow.finite_step must be True or False; got {finite_step!r}.")
         self.finite_step = finite_step
-        beta = checked_momentum("SlowFlow", momentum)
-        self.momentum = beta if float(beta) > 0.0 else None
+        self.momentum = remembered(checked_momentum("SlowFlow", momentum))
         self.decay = checked_decay("SlowFlow", decay)
         self.rtol, self.atol = checked_tolerances("SlowFlow", rtol, atol)
         self.solver = chosen_solver("SlowFlow", solver, stiff=False)
         self.cell = None if cell is None else as_parameter(cell, "SlowFlow.cell")
-        if self.cell is not None and not 0.0 < float(self.cell) < float("inf"):
+        if self.cell is None or is_traced(self.cell):
+            return
+        if self.cell.ndim != 0:
+            raise ValueError(f"SlowFlow.cell must be a single number; got shape {self.cell.shape}.")
+        if not 0.0 < float(self.cell) < float("inf"):
             raise ValueError(
                 f"SlowFlow.cell must be a finite flow time > 0 or None; got {float(self.cell)}."
             )

@@ -25,7 +25,7 @@ from gradflow.dynamics.sde_terms import (
     StochasticGradientTerm,
     drift_term,
 )
-from gradflow.dynamics.settings import checked_count, checked_step_size
+from gradflow.dynamics.settings import MOST_COUNTED, checked_count, checked_step_size
 from gradflow.network import left_products, right_products, widths_of
 from gradflow.problem import Problem
 from gradflow.solvers.grid_path import GridBrownianPath
@@ -146,11 +146,17 @@ class StochasticFlow(AbstractDynamics):
             float(_curvature_bound(problem, tuple(w[..., p] for w in weights)))
             for p in range(min(weights[0].shape[-1], 8))
         )
-        if dt * curvature > 1.0:
+        if not dt * curvature <= 1.0:
+            needed = self.substeps * dt * curvature
+            cure = (
+                f"use substeps >= {int(needed) + 1}"
+                if needed < MOST_COUNTED
+                else ("no number of substeps helps; start from smaller weights")
+            )
             warnings.warn(
                 f"StochasticFlow.substeps={self.substeps}: the integration step {dt:g} times the "
                 f"Hessian trace {curvature:.3g} at the start exceeds 1, where explicit steps are "
-                f"inaccurate; use substeps >= {int(self.substeps * dt * curvature) + 1}.",
+                f"inaccurate; {cure}.",
                 CoarseIntegrationWarning,
                 stacklevel=3,
             )

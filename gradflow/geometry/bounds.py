@@ -21,13 +21,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from gradflow.data import Regression
 from gradflow.geometry.base import OutputLoss, check_data, output_loss
 from gradflow.geometry.curvature import check_minima
 from gradflow.problem import Problem
+from gradflow.tracing import is_traced
 from gradflow.types import EndToEnd, Scalar
 
 HALVINGS = 80
@@ -176,7 +176,7 @@ def _fitting(widths: object, loss: OutputLoss) -> tuple[int, ...]:
 
 def _check_widths(product: EndToEnd, widths: Sequence[int]) -> None:
     """Raise a `ValueError` for a bottleneck; traced data pass, as they have no rank yet."""
-    if isinstance(product, Tracer):
+    if is_traced(product):
         return
     singular: Float[Array, " k"] = jnp.linalg.svd(product, compute_uv=False)
     cutoff = 100.0 * max(product.shape) * float(jnp.finfo(product.dtype).eps) * float(singular[0])

@@ -17,12 +17,12 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.data import Regression
 from gradflow.products import product
 from gradflow.streams import Stream
+from gradflow.tracing import as_floats, is_traced
 from gradflow.types import EndToEnd, Scalar, Weights
 
 
@@ -35,8 +35,8 @@ def as_parameter(value: ArrayLike, name: str = "a step size, rate, level or tole
     if isinstance(value, str):  # NumPy would read the number in it
         raise wrong
     try:
-        return jnp.asarray(value, jnp.result_type(float))
-    except (TypeError, ValueError) as error:
+        return as_floats(value)
+    except (TypeError, ValueError, OverflowError) as error:
         raise wrong from error
 
 
@@ -48,24 +48,35 @@ def first_line(error: BaseException) -> str:
 def check_nonnegative(name: str, value: Array) -> None:
     """Raise a `ValueError` that names the field unless `value` is a finite number >= 0.
 
-    Traced values pass: they were checked when they were concrete.
+    Traced values pass.
     """
     if value.ndim != 0:
         raise ValueError(f"{name} must be a single number; got shape {value.shape}.")
-    if isinstance(value, Tracer):
+    if is_traced(value):
         return
     number = float(value)
     if not (np.isfinite(number) and number >= 0.0):
         raise ValueError(f"{name} must be a finite number >= 0; got {number}.")
 
 
+def check_std(name: str, value: Array) -> None:
+    """Raise a `ValueError` unless `value` is a standard deviation >= 0 whose square is finite."""
+    check_nonnegative(name, value)
+    largest = float(np.sqrt(np.finfo(value.dtype).max))
+    if not is_traced(value) and float(value) > largest:
+        raise ValueError(
+            f"{name} must be at most {largest:.2g}, where the variance overflows; got "
+            f"{float(value):.3g}."
+        )
+
+
 def check_rate(name: str, value: Array) -> None:
     """Raise a `ValueError` that names the field unless `value` is a number in [0, 1).
 
-    Traced values pass: they were checked when they were concrete.
+    Traced values pass.
     """
     check_nonnegative(name, value)
-    if not isinstance(value, Tracer) and float(value) >= 1.0:
+    if not is_traced(value) and float(value) >= 1.0:
         raise ValueError(
             f"{name} is the probability to drop and must lie in [0, 1); got {float(value)}."
         )

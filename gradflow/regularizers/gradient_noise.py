@@ -7,7 +7,7 @@ import equinox as eqx
 from gradflow.regularizers.base import (
     AbstractGradientNoise,
     as_parameter,
-    check_nonnegative,
+    check_std,
 )
 from gradflow.types import Scalar
 
@@ -28,7 +28,7 @@ class GradientNoise(AbstractGradientNoise):
     std: Scalar = eqx.field(converter=partial(as_parameter, name="GradientNoise.std"))
 
     def __check_init__(self):
-        check_nonnegative("GradientNoise.std", self.std)
+        check_std("GradientNoise.std", self.std)
 
     @property
     def is_stochastic(self) -> bool:

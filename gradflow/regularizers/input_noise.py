@@ -12,7 +12,7 @@ from gradflow.regularizers.base import (
     AbstractDataNoise,
     NoiseMoments,
     as_parameter,
-    check_nonnegative,
+    check_std,
     symmetric_normal,
 )
 from gradflow.types import EndToEnd, Scalar
@@ -37,7 +37,7 @@ class InputNoise(AbstractDataNoise):
     std: Scalar = eqx.field(converter=partial(as_parameter, name="InputNoise.std"))
 
     def __check_init__(self):
-        check_nonnegative("InputNoise.std", self.std)
+        check_std("InputNoise.std", self.std)
 
     @property
     def is_stochastic(self) -> bool:

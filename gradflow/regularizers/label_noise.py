@@ -12,7 +12,7 @@ from gradflow.regularizers.base import (
     AbstractDataNoise,
     NoiseMoments,
     as_parameter,
-    check_nonnegative,
+    check_std,
 )
 from gradflow.types import EndToEnd, Scalar
 
@@ -33,7 +33,7 @@ class LabelNoise(AbstractDataNoise):
     std: Scalar = eqx.field(converter=partial(as_parameter, name="LabelNoise.std"))
 
     def __check_init__(self):
-        check_nonnegative("LabelNoise.std", self.std)
+        check_std("LabelNoise.std", self.std)
 
     @property
     def is_stochastic(self) -> bool:

@@ -17,7 +17,11 @@ from gradflow.regularizers.base import (
     symmetric_normal,
 )
 from gradflow.streams import Stream
+from gradflow.tracing import float_of
 from gradflow.types import EndToEnd
+
+MOST_ROWS = 2**31 - 1
+"""Rows are counted in 32 bits."""
 
 
 def _plain_integer(value: Any) -> Any:
@@ -53,6 +57,11 @@ class Minibatch(AbstractBatch):
         if not integer or self.batch_size < 1:
             raise ValueError(
                 f"Minibatch.batch_size must be an integer >= 1; got {self.batch_size!r}."
+            )
+        if self.batch_size > MOST_ROWS:
+            raise ValueError(
+                f"Minibatch.batch_size must be at most {MOST_ROWS}; got "
+                f"{float_of(self.batch_size):.3g}."
             )
         if self.replacement and self.reshuffled:
             raise ValueError(

@@ -11,7 +11,7 @@ from gradflow.regularizers.base import (
     as_layers,
     as_parameter,
     check_layers,
-    check_nonnegative,
+    check_std,
     check_within,
     layer_shapes,
 )
@@ -49,7 +49,7 @@ class WeightNoise(AbstractWeightNoise):
     layers: tuple[int, ...] | None = eqx.field(static=True, default=None, converter=as_layers)
 
     def __check_init__(self):
-        check_nonnegative("WeightNoise.std", self.std)
+        check_std("WeightNoise.std", self.std)
         if not isinstance(self.anticorrelated, bool):
             raise TypeError(
                 f"WeightNoise.anticorrelated must be True or False; got {self.anticorrelated!r}."
