@@ -12,11 +12,12 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from gradflow.dynamics.base import (
     AbstractDynamics,
     State,
+    Step,
     advance_in_blocks,
     bury,
     divergence_limit,
     over_paths,
-    repeated,
+    whole_turns,
 )
 from gradflow.dynamics.layers import added, minus_scaled, over_all_paths, penalty_gradient
 from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
@@ -150,7 +151,8 @@ class GradientDescent(AbstractDynamics):
             optimizer = jax.tree.map(jnp.copy, fresh)
         shift = over_all_paths(None, weights) if problem.has_weight_shift else None
         memory = _Memory(velocity, optimizer, shift)
-        return State(weights, memory, (), divergence_limit(weights))
+        whole = whole_turns(weights, memory)
+        return State(weights, memory, (), divergence_limit(weights), whole)
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """What one draw of the problem's regularizers takes, and the step size of a schedule."""
@@ -178,7 +180,7 @@ class GradientDescent(AbstractDynamics):
             step_sizes = scheduled_step_sizes(self.schedule, steps)
             return noise, jnp.broadcast_to(step_sizes[:, None], (block, source.paths.size))
 
-        def run(state: State, first: Array, last: Array) -> State:
+        def stepper(state: State) -> Step:
             def step(
                 weights: Weights, memory: _Memory, numbers: tuple[Any, Any]
             ) -> tuple[Weights, _Memory]:
@@ -190,10 +192,9 @@ class GradientDescent(AbstractDynamics):
                 moved, memory = over_paths(step)(*carry, at_step(state.noise, j))
                 return bury(moved, state.limit), memory
 
-            weights, memory = repeated(first, last, one, (state.weights, state.memory))
-            return State(weights, memory, state.noise, state.limit)
+            return one
 
-        return advance_in_blocks(state, start, stop, block, draw, run)
+        return advance_in_blocks(state, start, stop, block, draw, stepper)
 
     def _step(
         self,
