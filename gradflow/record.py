@@ -42,6 +42,14 @@ class AbstractRecord(abc.ABC):
     def lost(self) -> int:
         """How many paths have diverged by the last time."""
 
+    @property
+    @abc.abstractmethod
+    def first_lost(self) -> tuple[int, int]:
+        """The number of the first saved time at which a path has diverged, and that of the path.
+
+        One has, by the last time. Where no paths are kept the first one stands for it.
+        """
+
     @abc.abstractmethod
     def write(self, rows: Saved, count: int, paths: slice, first_time: int) -> None:
         """Keep the first `count` rows of a slice; a run may be interrupted at any moment of it."""
@@ -78,6 +86,13 @@ class PathRecord(AbstractRecord):
         """How many paths have diverged by the last time."""
         return int((~self.finished().alive[:, -1]).sum())
 
+    @property
+    def first_lost(self) -> tuple[int, int]:
+        """The first saved time at which a path has diverged, and the first such path."""
+        alive = self.finished().alive
+        time = int(np.argmin(alive.all(axis=0)))
+        return time, int(np.argmin(alive[:, time]))
+
     def finished(self) -> Saved:
         """What is filled of the arrays."""
         return jax.tree.map(lambda values: values[: self.paths, : self.times], self.saved)
@@ -106,7 +121,12 @@ class StatisticsRecord(AbstractRecord):
     @property
     def lost(self) -> int:
         """How many paths have diverged by the last time."""
-        return self.tally.lost[-1]
+        return self.tally.lost[self.times - 1]
+
+    @property
+    def first_lost(self) -> tuple[int, int]:
+        """The first saved time at which a path has diverged, and path 0."""
+        return int(np.argmax(np.asarray(self.tally.lost) > 0)), 0
 
     def write(self, rows: Saved, count: int, paths: slice, first_time: int) -> None:
         """Count the paths of the rows."""

@@ -79,7 +79,7 @@ class Runner:
         )
         pace = self._pace = self._pace or _Pace(block if self._gridded else 1)
         state = devices.placed(state, layout)
-        position, times = marks[0], 0
+        position, times = marks.dtype.type(0), 0
         while times < marks.size:
             ends, count = self._following(position, times, pace.amount)
             began = time.monotonic()
@@ -94,7 +94,7 @@ class Runner:
             position, times = reached, times + count
             if self._report is not None:
                 width = paths.stop - paths.start
-                done = paths.start + position / marks[-1] * width
+                done = paths.start + (position / marks[-1] if position else 1.0) * width
                 rate = pace.message(width) if self._gridded else f"t = {position:.3g}"
                 self._report(float(done / record.total), 1.0, rate)
         record.paths = paths.stop
@@ -109,7 +109,7 @@ class Runner:
         Either all are, or there is a single one between two saved times.
         """
         marks = self._marks
-        last = times + amount + (times == 0)  # the start takes no work
+        last = times + amount + (marks[times] == 0)  # the start takes no work
         if self._gridded:
             last = int(np.searchsorted(marks, position + amount, side="right"))
         ends = marks[times : min(last, times + MOST_ROWS)]

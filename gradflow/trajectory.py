@@ -23,6 +23,8 @@ class Trajectory(AbstractOutcome):
         kind = self.attrs["dynamics_kind"]
         replicas = "" if self.replicas is None else f", {self.replicas} replicas"
         status = ", interrupted" if self.interrupted else ""
+        if self.diverged.any():
+            status += f", {self.diverged.sum()} of {self.diverged.size} diverged"
         observables = [v for v in self._dataset.data_vars if not str(v).startswith("W")]
         return (
             f"Trajectory({kind}, {self.time.size} times to t = {self.time[-1]:g}{replicas}{status};"

@@ -126,6 +126,18 @@ class GradientDescent(AbstractDynamics):
         """1."""
         return 1
 
+    @property
+    def stability_limit(self) -> Scalar | None:
+        r"""The largest stable $h \lambda$ on a quadratic loss; None where it is not known.
+
+        $2 (1 + \beta)$, and $2 (1 + \beta) / (1 + 2 \beta)$ for Nesterov's method.
+        """
+        if self.optimizer is not None or self.schedule is not None:
+            return None
+        beta = jnp.zeros(()) if self.momentum is None else self.momentum
+        limit = 2.0 * (1.0 + beta)
+        return limit / (1.0 + 2.0 * beta) if self.nesterov else limit
+
     def is_random(self, problem: Problem) -> bool:
         """Whether the problem has noise."""
         return problem.is_stochastic

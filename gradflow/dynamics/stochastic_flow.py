@@ -1,5 +1,6 @@
 """The stochastic modified equations of SGD."""
 
+import math
 import warnings
 from typing import Any, Literal, cast
 
@@ -126,6 +127,17 @@ class StochasticFlow(AbstractDynamics):
     def ticks_per_step(self) -> int:
         """`substeps`."""
         return self.substeps
+
+    @property
+    def stability_limit(self) -> float | None:
+        r"""The largest stable $h \lambda$ of the integration on a quadratic loss, without noise.
+
+        $2 s$ at order 1; at order 2, $x + x^2/2 = 2 s$ with the drift's own term. None for a solver
+        that was given.
+        """
+        if self.solver is not None:
+            return None
+        return 2.0 * self.substeps if self.order == 1 else math.sqrt(1.0 + 4.0 * self.substeps) - 1
 
     def is_random(self, problem: Problem) -> bool:
         """Whether the problem has noise."""

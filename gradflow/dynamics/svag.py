@@ -78,6 +78,11 @@ class SVAG(AbstractDynamics):
         """`amplification`."""
         return self.amplification
 
+    @property
+    def stability_limit(self) -> float:
+        r"""The largest stable $h \lambda$ on a quadratic loss: $2 l$."""
+        return 2.0 * self.amplification
+
     def is_random(self, problem: Problem) -> bool:
         """Whether the problem has noise."""
         return problem.is_stochastic

@@ -73,7 +73,9 @@ def test_neither_slices_nor_saved_times_change_a_bit(name, monkeypatch):
     for save, amounts in ((2, (10**6,)), (2, (1, 7, 64, 13)), (8, (37,)), (STEPS + 1, (5, 2))):
         one = run(save, *amounts)
         at = one.to_xarray()["step"].values
-        for mine, all_ in zip((one["loss"], *one.weights), (every["loss"], *every.weights)):
+        for mine, all_ in zip(
+            (one["loss"], *one.weights), (every["loss"], *every.weights), strict=True
+        ):
             np.testing.assert_array_equal(mine, all_[:, at], err_msg=f"save={save}, {amounts}")
 
 
