@@ -47,7 +47,7 @@ class AbstractRecord(abc.ABC):
     def first_lost(self) -> tuple[int, int]:
         """The number of the first saved time at which a path has diverged, and that of the path.
 
-        One has, by the last time. Where no paths are kept the first one stands for it.
+        One has, by the last time.
         """
 
     @abc.abstractmethod
@@ -117,6 +117,7 @@ class StatisticsRecord(AbstractRecord):
 
     antithetic: bool = False
     tally: Tally = field(default_factory=lambda: Tally({}, 0))
+    first: tuple[int, int] | None = None
 
     @property
     def lost(self) -> int:
@@ -125,8 +126,9 @@ class StatisticsRecord(AbstractRecord):
 
     @property
     def first_lost(self) -> tuple[int, int]:
-        """The first saved time at which a path has diverged, and path 0."""
-        return int(np.argmax(np.asarray(self.tally.lost) > 0)), 0
+        """The first saved time at which a path has diverged, and the first such path."""
+        assert self.first is not None
+        return self.first
 
     def write(self, rows: Saved, count: int, paths: slice, first_time: int) -> None:
         """Count the paths of the rows."""
@@ -137,6 +139,9 @@ class StatisticsRecord(AbstractRecord):
         observed = {name: np.asarray(x)[..., :width] for name, x in rows.observed.items()}
         alive = np.asarray(rows.alive)[:, :width]
         for i in range(count):
+            if not alive[i].all():
+                lost = first_time + i, paths.start + int(np.argmin(alive[i]))
+                self.first = min(self.first or lost, lost)
             row = {name: np.moveaxis(x[i], -1, 0) for name, x in observed.items()}
             self.tally.add(first_time + i, row, alive[i])
         if paths.start == 0:

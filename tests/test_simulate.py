@@ -130,10 +130,11 @@ def test_a_run_that_has_diverged_altogether_ends_early(dynamics: gf.AbstractDyna
     steps = 10**9
     began = time.monotonic()
     if isinstance(dynamics, gf.StochasticFlow):
-        with pytest.warns(UserWarning, match="Hessian trace"):
+        with pytest.warns(gf.DivergedWarning), pytest.warns(UserWarning, match="Hessian trace"):
             run = simulate(dynamics, net=net, steps=steps, replicas=2, save=3)
     else:
-        run = simulate(dynamics, net=net, steps=steps, replicas=2, save=3)
+        with pytest.warns(gf.DivergedWarning):
+            run = simulate(dynamics, net=net, steps=steps, replicas=2, save=3)
     assert time.monotonic() - began < 60
     assert run.diverged.all()
     assert run.to_xarray()["diverged_at"].values.tolist() == [run.time[1]] * 2

@@ -65,8 +65,8 @@ class StochasticFlow(AbstractDynamics):
     (Li, Tai, E 2019). At order 2 its generator on $G_i$ is the expected change of $G_i$ in a step
     of SGD, over $h$, exactly (with weight decay $\lambda$ up to $2 h \lambda^2 G_i$).
 
-    Integrated on a grid Brownian path of `substeps` steps $\Delta = h / s$ in $h$, one solve over
-    the whole ensemble. Order 1 uses the Euler-Maruyama method, whose weak error is $O(\Delta)$;
+    Integrated on a grid Brownian path of `substeps` steps $\Delta = h / s$ in $h$, the
+    whole ensemble at once. Order 1 uses the Euler-Maruyama method, whose weak error is $O(\Delta)$;
     order 2 uses `SmallNoise`, whose weak error is $O(\Delta^2 + h^2 \Delta)$, so that neither
     spoils the order with a fixed number of substeps.
 
