@@ -214,7 +214,6 @@ def test_a_schedule_that_does_not_get_there_is_noticed(monkeypatch: pytest.Monke
         (DECAYING, {"steps": 0}, "steps must be an integer >= 1; got 0"),
         (DECAYING, {"t1": 0.3, "save": [0.5]}, "last time 0.5 lies beyond the end .* t = 0.3"),
         (DESCENT, {"steps": 0}, "steps must be an integer >= 1; got 0"),
-        (DESCENT, {"steps": 2.5}, "steps must be an integer >= 1; got 2.5"),
         (DESCENT, {"steps": 2**31}, "steps=2147483648: at most 2147483647 steps"),
         (SDE, {"steps": 2**30}, "at most 536870911 steps"),
         (gf.GradientDescent(0.1, path_substeps=4), {"steps": 2**30}, "at most 536870911 steps"),
