@@ -16,6 +16,7 @@ from .analysis import (
     predict as predict,
 )
 from .data import Regression as Regression
+from .divergence import DivergedWarning as DivergedWarning
 from .dynamics import (
     SVAG as SVAG,
     AbstractDynamics as AbstractDynamics,

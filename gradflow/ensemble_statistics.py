@@ -32,6 +32,8 @@ class EnsembleStatistics(AbstractOutcome):
 
     def __repr__(self) -> str:
         status = ", interrupted" if self.interrupted else ""
+        if self.diverged[-1]:
+            status += f", {self.diverged[-1]} of {self.replicas} diverged"
         return (
             f"EnsembleStatistics({self.attrs['dynamics_kind']}, {self.time.size} times to t = "
             f"{self.time[-1]:g}, {self.replicas} replicas{status}; {', '.join(self.observables)})"

@@ -55,6 +55,14 @@ class AbstractRecord(abc.ABC):
     def lost(self) -> int:
         """How many paths have ended by the last time."""
 
+    @property
+    @abc.abstractmethod
+    def first_lost(self) -> tuple[int, int]:
+        """The number of the first saved time at which a path has diverged, and that of the path.
+
+        One has, by the last time.
+        """
+
     @abc.abstractmethod
     def write(self, rows: Saved, count: int, paths: slice, first_time: int) -> None:
         """Keep the first `count` rows of a slice; a run may be interrupted at any moment of it."""
@@ -91,6 +99,13 @@ class PathRecord(AbstractRecord):
         """How many paths have ended by the last time."""
         return int((~self.finished().alive[:, -1]).sum())
 
+    @property
+    def first_lost(self) -> tuple[int, int]:
+        """The first saved time at which a path has diverged, and the first such path."""
+        alive = self.finished().alive
+        time = int(np.argmin(alive.all(axis=0)))
+        return time, int(np.argmin(alive[:, time]))
+
     def finished(self) -> Saved:
         """What is filled of the arrays."""
         return jax.tree.map(lambda values: values[: self.paths, : self.times], self.saved)
@@ -115,11 +130,18 @@ class StatisticsRecord(AbstractRecord):
 
     antithetic: bool = False
     tally: Tally = field(default_factory=lambda: Tally({}, 0))
+    first: tuple[int, int] | None = None
 
     @property
     def lost(self) -> int:
         """How many paths have ended by the last time."""
-        return self.tally.lost[-1]
+        return self.tally.lost[self.times - 1]
+
+    @property
+    def first_lost(self) -> tuple[int, int]:
+        """The first saved time at which a path has diverged, and the first such path."""
+        assert self.first is not None
+        return self.first
 
     def write(self, rows: Saved, count: int, paths: slice, first_time: int) -> None:
         """Count the paths of the rows."""
@@ -130,6 +152,9 @@ class StatisticsRecord(AbstractRecord):
         observed = {name: np.asarray(x)[..., :width] for name, x in rows.observed.items()}
         alive = np.asarray(rows.alive)[:, :width]
         for i in range(count):
+            if not alive[i].all():
+                lost = first_time + i, paths.start + int(np.argmin(alive[i]))
+                self.first = min(self.first or lost, lost)
             row = {name: np.moveaxis(x[i], -1, 0) for name, x in observed.items()}
             self.tally.add(first_time + i, row, alive[i])
         if paths.start == 0:

@@ -85,7 +85,7 @@ class Runner:
         steps = self._steps
         state = devices.placed(state, layout)
         rows = _Rows(size)
-        position, times = marks[0], 0
+        position, times = marks.dtype.type(0), 0
         while times < marks.size:
             ends, count = self._following(position, times, pace.amount)
             limits = ends, np.asarray(count), np.asarray(steps.amount)
@@ -127,7 +127,7 @@ class Runner:
         Either all are, or there is a single one between two saved times.
         """
         marks = self._marks
-        last = times + amount + (times == 0)  # the start takes no work
+        last = times + amount + (marks[times] == 0)  # the start takes no work
         if self._gridded:
             last = int(np.searchsorted(marks, position + amount, side="right"))
         ends = marks[times : min(last, times + MOST_ROWS)]

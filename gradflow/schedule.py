@@ -22,6 +22,9 @@ LOG_DECADES = 4
 MOST_SAVED = 2**26
 """Saved points of a run: half a gigabyte for the times alone."""
 
+SAME_TIME = 1e-9
+"""How far beyond the end of a run a time may lie, as a share of it, and still be the end."""
+
 MOST_SCHEDULED = 2**26
 """Steps of a step-size schedule whose flow times are added up: half a gigabyte."""
 
@@ -53,7 +56,9 @@ def schedule(
     save: Save,
     spacing: Spacing,
 ) -> Schedule:
-    """The schedule of a run; 0 is always saved first.
+    """The schedule of a run.
+
+    A number of points has the start first; of explicit times only 0 is the start.
 
     **Raises:** `TypeError` or `ValueError` for a length or save times that make no sense.
     """
@@ -63,8 +68,10 @@ def schedule(
         given = "neither" if t1 is None else "both"
         raise ValueError(f"t1 and steps: give the length of the run by one of them; got {given}.")
     for name, value in (("t1", t1), ("steps", steps)):
-        if value is not None and not isinstance(value, Real):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
             raise TypeError(f"{name} must be a number; got {value!r}.")
+    if isinstance(save, bool):
+        raise TypeError(f"save must be a number of points or a list of flow times; got {save!r}.")
     if isinstance(save, int | np.integer) and save > MOST_SAVED:
         raise ValueError(f"save: at most {MOST_SAVED} points are saved; got {float_of(save):.3g}.")
     if t1 is not None:
@@ -169,7 +176,7 @@ def _scheduled(
             wanted = np.append(0.0, np.geomspace(times[-1], times[times > 0.0][0], count - 1))
     else:
         wanted = _checked_times(save, end)
-    saved = np.unique(np.append(0, _nearest(times, wanted)))
+    saved = np.unique(_nearest(times, wanted))
     return Schedule(saved, times[saved], saved)
 
 
@@ -226,7 +233,7 @@ def _flow_times(t1: float, save: Save, spacing: Spacing) -> np.ndarray:
             return np.linspace(0.0, t1, count)
         positive = np.geomspace(t1, t1 * 10.0**-LOG_DECADES, count - 1)[::-1]
         return np.concatenate([[0.0], positive])
-    return _with_zero(_checked_times(save, t1))
+    return _checked_times(save, t1)
 
 
 def _grid_steps(steps: int, save: Save, spacing: Spacing, h: float, end: float) -> np.ndarray:
@@ -236,25 +243,28 @@ def _grid_steps(steps: int, save: Save, spacing: Spacing, h: float, end: float) 
             return np.unique(np.round(np.linspace(0, steps, min(count, steps + 1))).astype(int))
         positive = np.round(np.geomspace(steps, 1, count - 1)).astype(int)
         return np.unique(np.concatenate([[0], positive]))
-    times = _with_zero(_checked_times(save, end))
+    times = _checked_times(save, end)
     return np.unique(np.minimum(np.round(times / h).astype(int), steps))
 
 
-def _checked_times(save: Save, t1: float) -> np.ndarray:
+def _checked_times(save: Save, end: float) -> np.ndarray:
+    """Explicit times in double precision; the end itself where one is its rounding."""
     try:
-        times = np.asarray(save, dtype=float)
-    except (TypeError, ValueError, OverflowError) as error:
+        given = np.asarray(save)
+    except ValueError as error:
         raise TypeError(f"save must be a number of points or flow times; got {save!r}.") from error
+    if given.dtype.kind not in "iuf":
+        raise TypeError(f"save must be a number of points or a list of flow times; got {save!r}.")
+    times = given.astype(float)
     if times.ndim != 1 or times.size == 0 or not np.all(np.isfinite(times)):
         raise ValueError("save: explicit times must be a non-empty list of finite flow times.")
     if np.any(np.diff(times) <= 0) or times[0] < 0:
         raise ValueError("save: explicit times must be >= 0 and strictly increasing.")
-    if times[-1] > t1 * (1 + 1e-9):
+    rounding = float(np.finfo(given.dtype).eps) if given.dtype.kind == "f" else 0.0
+    if times[-1] > end * (1.0 + max(rounding, SAME_TIME)):
         raise ValueError(
-            f"save: the last time {times[-1]:g} lies beyond the end of the run at t = {t1:g}."
+            f"save: the last time {times[-1]:g} lies beyond the end of the run at t = {end:g}."
         )
+    if times[-1] > end * (1.0 - rounding):
+        times[-1] = end
     return times
-
-
-def _with_zero(times: np.ndarray) -> np.ndarray:
-    return times if times[0] == 0.0 else np.concatenate([[0.0], times])

@@ -17,6 +17,7 @@ from jaxtyping import PRNGKeyArray
 
 from gradflow.describe import describe
 from gradflow.devices import Devices
+from gradflow.divergence import DivergedWarning, divergence
 from gradflow.dynamics.base import AbstractDynamics, squared_norm
 from gradflow.dynamics.normals import check_normals, check_pairs
 from gradflow.ensemble_statistics import QUANTILES, EnsembleStatistics
@@ -120,9 +121,12 @@ def simulate(
 
     Replicas run inside one compiled program, spread over all devices; observables are evaluated on
     the way, so memory does not grow with the number of steps. Random numbers are addressed by seed,
-    step and replica, so replica 7 of 10 is replica 7 of 1000. When a run is saved changes no bit of
-    it. How many replicas a device holds at once (`replicas`, `chunk`, the number of devices)
-    changes the compiled program, and with it at most the rounding of the last digits.
+    step and replica, so replica 7 of 10 is replica 7 of 1000. The same call gives the same bits,
+    whatever the speed of the machine. When a run is saved changes no bit of dynamics that take
+    steps; an adaptive flow steps to the saved times, which changes its steps, within its tolerances
+    (`SlowFlow` with noise along the manifold not: its cells do not know of them). How many replicas
+    a device holds at once (`replicas`, `chunk`, the number of devices) changes the compiled
+    program: results agree to rounding.
 
     **Arguments:**
 
@@ -135,8 +139,10 @@ def simulate(
     - `key`: `jax.random.key(seed)`; needed if the run is random.
     - `normals`: what stands for the standard normals, such as `Normals(antithetic=True)`; standard
         errors then are those of pairs.
-    - `save`: number of saved points (the start included), or increasing flow times; on a grid
-        times are rounded to the nearest step. `spacing`: "lin" or "log".
+    - `save`: number of saved points, of which the start is the first; or increasing flow times,
+        which then are all that is saved (the start only if 0 is among them). On a grid times are
+        rounded to the nearest step; a last one that is `t1` up to the rounding of its data type is
+        `t1`. `spacing`: "lin" or "log".
     - `observables`: names (see `gradflow.observables.BUILT_IN`), or a mapping from names to
         functions of (network, problem).
     - `store_weights`: keep the weights at every saved time; default: if below 64 MB.
@@ -149,7 +155,8 @@ def simulate(
         function of (done, total, message).
 
     **Returns:** a `Trajectory`, or `EnsembleStatistics`. Replicas that diverge are NaN from then on
-    and flagged in `diverged`; statistics leave them out and count them. After Ctrl-C what was done
+    and flagged in `diverged`, with a `DivergedWarning`; statistics leave them out and count them.
+    After Ctrl-C what was done
     is returned with `interrupted=True`.
 
     **Raises:** `ValueError` or `TypeError` for bad input, before anything is computed;
@@ -218,6 +225,9 @@ def simulate(
             RuntimeWarning,
             stacklevel=2,
         )
+    elif record.lost > len(record.incomplete):
+        text = divergence(problem, starts, dynamics, plan, record)
+        warnings.warn(text, DivergedWarning, stacklevel=2)
     if record.incomplete:
         reached, why = min(record.incomplete.values())
         warnings.warn(
@@ -270,9 +280,10 @@ def repeat(trajectory: EnsembleStatistics) -> EnsembleStatistics: ...
 
 
 def repeat(trajectory: Trajectory | EnsembleStatistics) -> Trajectory | EnsembleStatistics:
-    """Run a trajectory again from what it holds: bit for bit on the same versions and devices.
+    """Run a trajectory again from what it holds, with the same result.
 
-    An interrupted run is run to its end.
+    To the last bit on the same versions, processor and number of devices; elsewhere to rounding,
+    which training at the edge of stability amplifies. An interrupted run is run to its end.
 
     **Raises:** `ValueError` if it recorded observables of the user's own, which are not stored.
     """

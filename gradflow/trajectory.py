@@ -27,6 +27,8 @@ class Trajectory(AbstractOutcome):
         status = ", interrupted" if self.interrupted else ""
         if self.incomplete.any():
             status += ", incomplete"
+        if self.diverged.any():
+            status += f", {self.diverged.sum()} of {self.diverged.size} diverged"
         observables = [v for v in self._dataset.data_vars if not str(v).startswith("W")]
         return (
             f"Trajectory({kind}, {self.time.size} times to t = {self.time[-1]:g}{replicas}{status};"

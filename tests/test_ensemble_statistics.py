@@ -91,8 +91,12 @@ def test_what_is_not_there(found: EnsembleStatistics):
 
 def test_diverged_paths_are_counted_and_left_out():
     nets = [gf.DeepLinear([s * w for w in NET.weights]) for s in (1.0, 30.0, 1.1, 1.2)]
-    found = statistics(net=nets, replicas=None, chunk=3)
-    paths = run(net=nets, replicas=None)
+    with pytest.warns(gf.DivergedWarning) as said:
+        found = statistics(net=nets, replicas=None, chunk=3)
+        paths = run(net=nets, replicas=None)
+    first, second = (str(w.message) for w in said)
+    assert first == second  # the start is that of the path that was lost
+    assert "1 of 4 diverged" in repr(found)
     assert found.diverged.tolist() == [0, 1, 1, 1]
     assert found.count.tolist() == [4, 3, 3, 3]
     assert found.replicas == 4

@@ -76,16 +76,58 @@ def test_linear_spacing_of_a_flow():
 
 def test_explicit_times():
     times = [0.25, 1.0, 1.5]
-    np.testing.assert_array_equal(plan(FLOW, t1=2.0, save=times).time, [0.0, 0.25, 1.0, 1.5])
+    np.testing.assert_array_equal(plan(FLOW, t1=2.0, save=times).time, times)
     made = plan(DESCENT, t1=2.0, save=times)
-    assert made.marks.tolist() == [0, 2, 10, 15]  # 2.5 steps are rounded to the even neighbour
+    assert made.marks.tolist() == [2, 10, 15]  # 2.5 steps are rounded to the even neighbour
     assert plan(DESCENT, steps=20, save=[0.0, 2.0]).marks.tolist() == [0, 20]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_times_in_another_precision_end_at_the_end(kind: Any):
+    """Rounded to 32 bits 0.3 is beyond 0.3, and 0.7 before 0.7."""
+    for end in (0.3, 0.7):
+        times = np.array([0.1, 0.2, end], kind)
+        made = plan(FLOW, t1=end, save=times).time
+        np.testing.assert_array_equal(made[:2], times[:2].astype(float))
+        assert made[-1] == end
+        assert plan(DESCENT, t1=end, save=times).marks.tolist() == [1, 2, round(10 * end)]
+    beyond = np.array([0.1, 0.3 * (1.0 + 4.0 * np.finfo(kind).eps + 1e-8)], kind)
+    with pytest.raises(ValueError, match=r"last time 0\.3\d* lies beyond the end .* t = 0\.3"):
+        plan(FLOW, t1=0.3, save=beyond)
+
+
+@pytest.mark.parametrize(
+    "dynamics",
+    [DESCENT, gf.GradientDescent(lambda k: 0.1 + 0.0 * k), FLOW],
+    ids=["h", "h_k", "flow"],
+)
+def test_the_start_is_saved_only_if_it_is_asked_for(dynamics: gf.AbstractDynamics):
+    assert plan(dynamics, t1=0.2, save=[0.1, 0.2]).time[0] == pytest.approx(0.1)
+    assert plan(dynamics, t1=0.2, save=[0, 0.2]).time[0] == 0.0
+    assert plan(dynamics, t1=0.2, save=np.array([0.0])).time.tolist() == [0.0]
+    assert plan(dynamics, t1=0.2, save=2).time[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"t1": True}, "t1 must be a number; got True"),
+        ({"steps": True}, "steps must be a number; got True"),
+        ({"t1": 1.0, "save": True}, "save must be a number of points or a list of flow times; got"),
+        ({"t1": 1.0, "save": [True]}, "save must be a number of points or a list"),
+        ({"t1": 1.0, "save": np.array(["all"])}, "save must be a number of points or a list"),
+    ],
+)
+def test_refuses_what_is_no_number(options: dict, message: str):
+    for dynamics in (DESCENT, FLOW):
+        with pytest.raises(TypeError, match=message):
+            plan(dynamics, **options)
 
 
 def test_the_end_may_be_saved_when_it_is_not_a_whole_number_of_steps():
     for h, t1, last in ((0.3, 1.0, 3), (0.3, 1.1, 4)):
         made = plan(gf.GradientDescent(h), t1=t1, save=[0.5, t1])
-        assert made.marks.tolist() == [0, 2, last]
+        assert made.marks.tolist() == [2, last]
 
 
 def decaying(step: Any) -> Any:
@@ -113,8 +155,8 @@ def test_a_length_in_flow_time_ends_at_the_nearest_step():
     assert made.step is not None and made.step.tolist() == [0, *nearest([1.0])]
     assert made.time[-1] == pytest.approx(1.0, abs=1e-5)
     made = plan(DECAYING, t1=0.13, save=[0.13])  # between the steps at 0.1 and 0.15
-    assert made.marks.tolist() == [0, 2]
-    assert plan(DECAYING, t1=0.12, save=[0.12]).marks.tolist() == [0, 1]
+    assert made.marks.tolist() == [2]
+    assert plan(DECAYING, t1=0.12, save=[0.12]).marks.tolist() == [1]
 
 
 def test_points_of_a_step_size_schedule_are_evenly_spaced_in_flow_time():
@@ -238,7 +280,6 @@ def test_a_schedule_that_does_not_get_there_is_noticed(monkeypatch: pytest.Monke
         (DECAYING, {"steps": 0}, "steps must be an integer >= 1; got 0"),
         (DECAYING, {"t1": 0.3, "save": [0.5]}, "last time 0.5 lies beyond the end .* t = 0.3"),
         (DESCENT, {"steps": 0}, "steps must be an integer >= 1; got 0"),
-        (DESCENT, {"steps": True}, "steps must be an integer >= 1; got True"),
         (DESCENT, {"steps": 2**31}, "steps=2147483648: at most 2147483647 steps"),
         (SDE, {"steps": 2**30}, "at most 536870911 steps"),
         (gf.GradientDescent(0.1, path_substeps=4), {"steps": 2**30}, "at most 536870911 steps"),

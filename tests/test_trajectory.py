@@ -200,7 +200,8 @@ def test_a_file_brings_back_every_bit(make: Any, tmp_path: Path):
 def test_a_file_brings_back_divergence_and_interruption(tmp_path: Path):
     problem = gf.Problem(gf.Regression.whitened([[1.0]]))
     nets = [gf.DeepLinear([[[w]], [[w]]]) for w in (1.0, 20.0)]
-    run = gf.simulate(problem, nets, gf.GradientDescent(0.1), steps=20, save=3)
+    with pytest.warns(gf.DivergedWarning):
+        run = gf.simulate(problem, nets, gf.GradientDescent(0.1), steps=20, save=3)
     assert run.diverged.tolist() == [False, True]
     loaded = gf.Trajectory.load(run.save(tmp_path / "run.nc"))
     assert loaded.diverged.tolist() == [False, True]

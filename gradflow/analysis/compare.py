@@ -21,6 +21,7 @@ from gradflow.analysis.agreement import (
 )
 from gradflow.analysis.matched_times import common_grid, match_times
 from gradflow.analysis.statistics import check_confidence, recorded, units_of
+from gradflow.divergence import no_diverged_warning
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.independence import Units
 from gradflow.network import DeepLinear
@@ -74,18 +75,19 @@ def compare(
     runs = {}
     for i, (label, one) in enumerate(labelled.items()):
         random = one.is_random(problem)
-        runs[label] = simulate(
-            problem,
-            net,
-            one,
-            t1=float(times[-1]),
-            replicas=replicas if random else None,
-            key=jax.random.fold_in(key, i) if random else None,
-            save=times,
-            observables=list(observables),
-            store_weights=False,
-            progress=progress,
-        )
+        with no_diverged_warning():
+            runs[label] = simulate(
+                problem,
+                net,
+                one,
+                t1=float(times[-1]),
+                replicas=replicas if random else None,
+                key=jax.random.fold_in(key, i) if random else None,
+                save=times,
+                observables=list(observables),
+                store_weights=False,
+                progress=progress,
+            )
     return compare_trajectories(runs, observables, None, tolerance, confidence, atol)
 
 

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from gradflow.divergence import no_diverged_warning
 from gradflow.dynamics import GradientDescent, GradientFlow
 from gradflow.geometry.curvature import minima_spectrum, smallest_positive
 from gradflow.network import DeepLinear
@@ -56,16 +57,17 @@ def noise_free_run(
     for _ in range(ATTEMPTS):
         if h and length / h > MOST_STEPS:
             length = MOST_STEPS * h
-        run = simulate(
-            clean,
-            net,
-            mover,
-            t1=length,
-            save=points,
-            observables=watched,
-            store_weights=True,
-            progress=False,
-        )
+        with no_diverged_warning():
+            run = simulate(
+                clean,
+                net,
+                mover,
+                t1=length,
+                save=points,
+                observables=watched,
+                store_weights=True,
+                progress=False,
+            )
         excess = run["excess_loss"]
         if not np.all(np.isfinite(excess)):
             raise ValueError(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from gradflow.analysis.controls import brownian_controls, controlled_mean
 from gradflow.analysis.coupling import Coupling
 from gradflow.analysis.statistics import recorded, survivors
+from gradflow.divergence import DivergedWarning
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.network import DeepLinear
 from gradflow.observables import Observable
@@ -144,7 +145,8 @@ class Laboratory:
         random = pair.random[member]
         own = jax.random.fold_in(key, member) if random and not pair.paired else key
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", InterruptedWarning)  # this measurement says it itself
+            for kind in (InterruptedWarning, DivergedWarning):
+                warnings.simplefilter("ignore", kind)  # this measurement says it itself
             run = simulate(
                 self.problem,
                 self.net,

@@ -13,11 +13,12 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 from gradflow.dynamics.base import (
     AbstractDynamics,
     State,
+    Step,
     advance_in_blocks,
     bury,
     divergence_limit,
     over_paths,
-    repeated,
+    whole_turns,
 )
 from gradflow.dynamics.layers import added, minus_scaled, over_all_paths, penalty_gradient
 from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
@@ -135,6 +136,18 @@ class GradientDescent(AbstractDynamics):
         """1."""
         return 1
 
+    @property
+    def stability_limit(self) -> Scalar | None:
+        r"""The largest stable $h \lambda$ on a quadratic loss; None where it is not known.
+
+        $2 (1 + \beta)$, and $2 (1 + \beta) / (1 + 2 \beta)$ for Nesterov's method.
+        """
+        if self.optimizer is not None or self.schedule is not None:
+            return None
+        beta = jnp.zeros(()) if self.momentum is None else self.momentum
+        limit = 2.0 * (1.0 + beta)
+        return limit / (1.0 + 2.0 * beta) if self.nesterov else limit
+
     def is_random(self, problem: Problem) -> bool:
         """Whether the problem has noise."""
         return problem.is_stochastic
@@ -163,7 +176,8 @@ class GradientDescent(AbstractDynamics):
             optimizer = jax.tree.map(jnp.copy, fresh)
         shift = over_all_paths(None, weights) if problem.has_weight_shift else None
         memory = _Memory(velocity, optimizer, shift)
-        return State(weights, memory, (), divergence_limit(weights))
+        whole = whole_turns(weights, memory)
+        return State(weights, memory, (), divergence_limit(weights), whole)
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """What one draw of the problem's regularizers takes, and the step size of a schedule."""
@@ -186,14 +200,13 @@ class GradientDescent(AbstractDynamics):
         def draw(first_step: Array) -> tuple[Any, Any]:
             return self._numbers(problem, source, first_step + jnp.arange(block), widths)
 
-        def run(state: State, first: Array, last: Array) -> State:
+        def stepper(state: State) -> Step:
             def one(j: Array, carry: tuple[Weights, Any]) -> tuple[Weights, Any]:
                 return self._stepped(problem, carry, at_step(state.noise, j), state.limit)
 
-            weights, memory = repeated(first, last, one, (state.weights, state.memory))
-            return State(weights, memory, state.noise, state.limit)
+            return one
 
-        return advance_in_blocks(state, start, stop, block, draw, run)
+        return advance_in_blocks(state, start, stop, block, draw, stepper)
 
     def solve(
         self,

@@ -145,7 +145,7 @@ class AbstractOdeFlow(AbstractDynamics):
                 lambda p: p.end, progress, jnp.where(escaped, End.DIVERGED, progress.end)
             )
             weights = tuple(jnp.where(progress.end == End.NONE, w, jnp.nan) for w in weights)
-            return State(weights, (tuple(companions), memory), (), state.limit, progress)
+            return State(weights, (tuple(companions), memory), (), state.limit, progress=progress)
 
         return jax.lax.while_loop(unfinished, go, state)
 
@@ -230,7 +230,7 @@ def smallest_size(weights: Weights) -> Float[Array, " paths"]:
 def _start(flow: AbstractOdeFlow, problem: Problem, weights: Weights) -> State:
     memory = (flow.companions(problem, weights), SolverMemory.at_start(weights))
     progress = Progress.at_start(weights[0].shape[-1])
-    return State(weights, memory, (), divergence_limit(weights), progress)
+    return State(weights, memory, (), divergence_limit(weights), progress=progress)
 
 
 def _solved(adjoint: diffrax.AbstractAdjoint, given: tuple[Any, Problem, Any, Array]) -> Weights:

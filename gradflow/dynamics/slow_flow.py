@@ -220,7 +220,9 @@ class SlowFlow(AbstractDynamics):
         memory = _Memory(
             SolverMemory.at_start(minima), anchor, cell, tuple(map(jnp.copy, minima)), start
         )
-        return State(minima, memory, (), divergence_limit(minima), Progress.at_start(which.size))
+        return State(
+            minima, memory, (), divergence_limit(minima), progress=Progress.at_start(which.size)
+        )
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """None: a cell draws its own."""

@@ -1,5 +1,6 @@
 """The stochastic modified equations of SGD."""
 
+import math
 import warnings
 from typing import Any, Literal, cast
 
@@ -12,9 +13,10 @@ from jaxtyping import Array, ArrayLike, Int
 from gradflow.dynamics.base import (
     AbstractDynamics,
     State,
+    Step,
     advance_in_blocks,
     divergence_limit,
-    steps_a_turn,
+    whole_turns,
 )
 from gradflow.dynamics.layers import penalty_gradient
 from gradflow.dynamics.modified_flow import is_reshuffled
@@ -29,7 +31,6 @@ from gradflow.dynamics.settings import MOST_COUNTED, checked_count, checked_step
 from gradflow.network import left_products, right_products, widths_of
 from gradflow.problem import Problem
 from gradflow.solvers.grid_path import GridBrownianPath
-from gradflow.solvers.several_steps import SeveralSteps
 from gradflow.solvers.small_noise import SmallNoise
 from gradflow.streams import Source, Stream
 from gradflow.types import Scalar, Weights
@@ -64,8 +65,8 @@ class StochasticFlow(AbstractDynamics):
     (Li, Tai, E 2019). At order 2 its generator on $G_i$ is the expected change of $G_i$ in a step
     of SGD, over $h$, exactly (with weight decay $\lambda$ up to $2 h \lambda^2 G_i$).
 
-    Integrated on a grid Brownian path of `substeps` steps $\Delta = h / s$ in $h$, one solve over
-    the whole ensemble. Order 1 uses the Euler-Maruyama method, whose weak error is $O(\Delta)$;
+    Integrated on a grid Brownian path of `substeps` steps $\Delta = h / s$ in $h$, the
+    whole ensemble at once. Order 1 uses the Euler-Maruyama method, whose weak error is $O(\Delta)$;
     order 2 uses `SmallNoise`, whose weak error is $O(\Delta^2 + h^2 \Delta)$, so that neither
     spoils the order with a fixed number of substeps.
 
@@ -127,6 +128,17 @@ class StochasticFlow(AbstractDynamics):
         """`substeps`."""
         return self.substeps
 
+    @property
+    def stability_limit(self) -> float | None:
+        r"""The largest stable $h \lambda$ of the integration on a quadratic loss, without noise.
+
+        $2 s$ at order 1; at order 2, $x + x^2/2 = 2 s$ with the drift's own term. None for a solver
+        that was given.
+        """
+        if self.solver is not None:
+            return None
+        return 2.0 * self.substeps if self.order == 1 else math.sqrt(1.0 + 4.0 * self.substeps) - 1
+
     def is_random(self, problem: Problem) -> bool:
         """Whether the problem has noise."""
         return problem.is_stochastic
@@ -163,7 +175,10 @@ class StochasticFlow(AbstractDynamics):
 
     def init(self, problem: Problem, weights: Weights) -> State:
         """Start at `weights`."""
-        return State(weights, (), (), divergence_limit(weights))
+        # Steps of several stages written out would be a program that takes long to compile.
+        euler = isinstance(self.solver, diffrax.Euler) or (self.solver is None and self.order == 1)
+        whole = whole_turns(weights, ()) if euler else None
+        return State(weights, (), (), divergence_limit(weights), whole)
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """What one grid step takes: normals of the factor and of Levy areas, or a draw."""
@@ -185,32 +200,20 @@ class StochasticFlow(AbstractDynamics):
         def draw(first_step: Array) -> Any:
             return self._draw(problem, source.at(first_step + jnp.arange(block)), widths)
 
-        def run(state: State, first: Array, last: Array) -> State:
+        def stepper(state: State) -> Step:
             solver, terms = self._equation(problem, state.noise, state.limit)
 
-            def solved(count: int, first: Array, last: Array, weights: Weights) -> Weights:
-                solution = diffrax.diffeqsolve(
-                    terms,
-                    solver if count == 1 else SeveralSteps(solver, count),
-                    t0=first.astype(clock),
-                    t1=last.astype(clock),
-                    dt0=jnp.full((), count, clock),
-                    y0=weights,
-                    saveat=diffrax.SaveAt(t1=True),
-                    max_steps=block,
-                    throw=False,
-                )
-                return tuple(w[0] for w in cast(Weights, solution.ys))
+            def one(j: Array, carry: tuple[Weights, Any]) -> tuple[Weights, Any]:
+                # diffrax's own loop takes fractions of its length as times, which are no integers.
+                weights, _ = carry
+                times = j.astype(clock), (j + 1).astype(clock)
+                memory = solver.init(terms, *times, weights, None)
+                moved, *_ = solver.step(terms, *times, weights, None, memory, made_jump=False)
+                return moved, ()
 
-            weights = state.weights
-            count = steps_a_turn(weights)
-            if count > 1 and isinstance(solver, diffrax.Euler):
-                between = last - (last - first) % count
-                weights, first = solved(count, first, between, weights), between
-            weights = solved(1, first, last, weights)
-            return State(weights, (), state.noise, state.limit)
+            return one
 
-        return advance_in_blocks(state, start, stop, block, draw, run)
+        return advance_in_blocks(state, start, stop, block, draw, stepper)
 
     def is_sampled(self, problem: Problem) -> bool:
         """Whether increments are sampled gradients."""

@@ -11,11 +11,12 @@ from jaxtyping import Array, ArrayLike, Int
 from gradflow.dynamics.base import (
     AbstractDynamics,
     State,
+    Step,
     advance_in_blocks,
     bury,
     divergence_limit,
     over_paths,
-    repeated,
+    whole_turns,
 )
 from gradflow.dynamics.layers import minus_scaled
 from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
@@ -77,6 +78,11 @@ class SVAG(AbstractDynamics):
         """`amplification`."""
         return self.amplification
 
+    @property
+    def stability_limit(self) -> float:
+        r"""The largest stable $h \lambda$ on a quadratic loss: $2 l$."""
+        return 2.0 * self.amplification
+
     def is_random(self, problem: Problem) -> bool:
         """Whether the problem has noise."""
         return problem.is_stochastic
@@ -103,7 +109,7 @@ class SVAG(AbstractDynamics):
 
     def init(self, problem: Problem, weights: Weights) -> State:
         """Start at `weights`."""
-        return State(weights, (), (), divergence_limit(weights))
+        return State(weights, (), (), divergence_limit(weights), whole_turns(weights, ()))
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """What the draws of one substep take."""
@@ -129,15 +135,14 @@ class SVAG(AbstractDynamics):
         def step(weights: Weights, noise: Any) -> Weights:
             return minus_scaled(weights, dt, self._gradient(problem, weights, noise))
 
-        def run(state: State, first: Array, last: Array) -> State:
+        def stepper(state: State) -> Step:
             def one(j: Array, carry: tuple[Weights, Any]) -> tuple[Weights, Any]:
                 moved = over_paths(step)(carry[0], at_step(state.noise, j))
                 return bury(moved, state.limit), ()
 
-            weights, _ = repeated(first, last, one, (state.weights, ()))
-            return State(weights, (), state.noise, state.limit)
+            return one
 
-        return advance_in_blocks(state, start, stop, block, draw, run)
+        return advance_in_blocks(state, start, stop, block, draw, stepper)
 
     def _draws(self, problem: Problem, stream: Stream, widths: tuple[int, ...]) -> tuple[Any, ...]:
         """The draws of a block of substeps: two, or one where it says it all."""

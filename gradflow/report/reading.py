@@ -190,6 +190,7 @@ def series(
         )
     units = str(variable.attrs.get("units", ""))
     if relative:
+        _check_start(view)
         start = values[:, :1]
         if np.any(start == 0.0):
             raise ValueError(
@@ -294,6 +295,7 @@ def drift(
     ``(time,)``, and the level of rounding $\epsilon \max |x(0)|$, where $\epsilon$ is the machine
     precision of the numbers the run computed with. Diverged replicas are left out.
     """
+    _check_start(view)
     variable = recorded(view, observable)
     values = _replica_first(variable)
     diverged = view.diverged
@@ -305,3 +307,13 @@ def drift(
     change = np.abs(values - values[0]).max(axis=1)
     time = np.asarray(view.dataset["time"].values, dtype=float)
     return time, change, float(precision) * (scale if scale > 0 else 1.0)
+
+
+def _check_start(view: RunView) -> None:
+    """Raises unless the first saved time is the start."""
+    first = float(view.dataset["time"].values[0])
+    if first > 0.0:
+        raise ValueError(
+            f"runs: {view.name!r} was not saved at its start but from t = {first:g} on; write 0.0 "
+            "as the first of its save times"
+        )

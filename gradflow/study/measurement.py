@@ -75,6 +75,19 @@ def inside_window(claim: ClaimSpec, run: RunResult) -> NDArray[np.bool_]:
     return inside
 
 
+def check_start(run: RunResult) -> None:
+    """Raise unless the first saved time is the start.
+
+    **Raises:** `ValueError` saying how to save it.
+    """
+    first = float(run.trajectory.time[0])
+    if first > 0.0:
+        raise ValueError(
+            f'run "{run.name}" was not saved at its start but from t = {first:g} on; write 0.0 as '
+            "the first of its save times"
+        )
+
+
 def survivors(run: RunResult) -> NDArray[np.bool_]:
     """Which replicas did not diverge, `(replica,)`."""
     alive = ~np.atleast_1d(np.asarray(run.trajectory.diverged))

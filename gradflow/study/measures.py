@@ -15,6 +15,7 @@ from gradflow.study.measurement import (
     Measure,
     Measurement,
     Values,
+    check_start,
     claim_window,
     entry,
     finite,
@@ -139,6 +140,7 @@ def final(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
 def change(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Replica mean of the final minus the initial value."""
     (run,) = runs
+    check_start(run)
     values = scalar(claim, run)
     return mean(values[:, -1] - values[:, 0], run)
 
@@ -147,6 +149,7 @@ def change(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
 def change_ratio(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Replica mean of the final over the initial value."""
     (run,) = runs
+    check_start(run)
     values = scalar(claim, run)
     if np.any(values[:, 0] == 0):
         raise ValueError(f"{claim.observable} is 0 at the start")
@@ -171,6 +174,7 @@ def component_ratio(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
 def max_change(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Largest |x(t) - x(0)| over times, entries and replicas."""
     (run,) = runs
+    check_start(run)
     values = observable_values(claim, run)
     return Measurement(float(np.max(np.abs(values - values[:, :1]))))
 

@@ -18,6 +18,7 @@ from gradflow.analysis.orders import orders as measure_orders
 from gradflow.analysis.phases import phases
 from gradflow.analysis.predict import predict
 from gradflow.analysis.rates import decay_rate
+from gradflow.divergence import DivergedWarning
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.simulate import InterruptedWarning, simulate
 from gradflow.study.build import Prepared, PreparedOrders, PreparedRun
@@ -280,6 +281,7 @@ def _warnings_go_to(keep: Callable[[str], None]) -> Iterator[None]:
 
         warnings.showwarning = show
         warnings.simplefilter("ignore", InterruptedWarning)  # the status of the study says it
+        warnings.simplefilter("ignore", DivergedWarning)  # a note of the run says it
         yield
 
 

@@ -11,7 +11,14 @@ from gradflow.geometry.imbalance import gram_differences
 from gradflow.loss import gradient
 from gradflow.network import DeepLinear
 from gradflow.regularizers import WeightDecay
-from gradflow.study.measurement import Measure, Measurement, Values, registering, stored_weights
+from gradflow.study.measurement import (
+    Measure,
+    Measurement,
+    Values,
+    check_start,
+    registering,
+    stored_weights,
+)
 from gradflow.study.results import RunResult
 from gradflow.study.spec import ClaimSpec
 from gradflow.study.tables import GradientDescent
@@ -26,6 +33,7 @@ measures = registering(WEIGHT_MEASURES)
 def balancedness_change(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Largest |G_i(t) - G_i(0)| over entries, layers, times and replicas."""
     (run,) = runs
+    check_start(run)
     return Measurement(
         max(float(np.max(np.abs(g - g[:, :1]))) for g in _balancedness(stored_weights(run)))
     )
@@ -35,6 +43,7 @@ def balancedness_change(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurem
 def balancedness_decay(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Largest |G_i(t) - exp(-2 rate t) G_i(0)| under weight decay of the gradient flow."""
     (run,) = runs
+    check_start(run)
     decay = _weight_decay(run)
     factor = np.exp(-2 * decay * run.trajectory.time)[None, :, None, None]
     return Measurement(
@@ -77,6 +86,7 @@ def gd_identity(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
 def diagonal_change(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Largest change of a diagonal entry of any G_i over layers, times and replicas."""
     (run,) = runs
+    check_start(run)
     diagonals = [np.diagonal(g, axis1=-2, axis2=-1) for g in _balancedness(stored_weights(run))]
     return Measurement(max(float(np.max(np.abs(d - d[:, :1]))) for d in diagonals))
 
@@ -92,6 +102,7 @@ def noether_decay(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     largest $|J_i|$ at the start.
     """
     (run,) = runs
+    check_start(run)
     dynamics = run.spec.dynamics
     if not isinstance(dynamics, GradientDescent):
         raise ValueError("the Noether charge decays by its momentum under GradientDescent only")

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+from gradflow.divergence import no_diverged_warning
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
@@ -163,18 +164,19 @@ def _sample(
     if isinstance(sample, AbstractDynamics):
         if net is None or t1 is None:
             raise ValueError(f"{role}: a dynamics is run from a network; give net= and t1=.")
-        sample = simulate(
-            checked_problem(problem, type(sample).__name__),
-            net,
-            sample,
-            t1=t1,
-            replicas=replicas,
-            key=key,
-            save=2,
-            observables=_observables(observable),
-            store_weights=observable is None,
-            progress=False,
-        )
+        with no_diverged_warning():
+            sample = simulate(
+                checked_problem(problem, type(sample).__name__),
+                net,
+                sample,
+                t1=t1,
+                replicas=replicas,
+                key=key,
+                save=2,
+                observables=_observables(observable),
+                store_weights=observable is None,
+                progress=False,
+            )
         observable = None if observable is None else _name_of(observable)
     if isinstance(sample, Trajectory):
         return _of_trajectory(sample, role, observable)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from gradflow.divergence import no_diverged_warning
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
@@ -68,17 +69,18 @@ def run_dynamics(
 
     **Raises:** `AssertionError` that shows the network if the path diverges.
     """
-    run = simulate(
-        problem,
-        net,
-        dynamics,
-        t1=t1,
-        key=key,
-        save=points,
-        observables=[],
-        store_weights=True,
-        progress=False,
-    )
+    with no_diverged_warning():
+        run = simulate(
+            problem,
+            net,
+            dynamics,
+            t1=t1,
+            key=key,
+            save=points,
+            observables=[],
+            store_weights=True,
+            progress=False,
+        )
     if run.diverged.any():
         raise AssertionError(
             message(

@@ -162,7 +162,8 @@ def test_steps_that_are_too_long_for_some_replicas_leave_the_others_alone():
     options = {"steps": 300, "key": KEY, "save": 31, "observables": ["loss", "imbalance"]}
     for dynamics in (gf.GradientDescent(0.1), gf.GradientDescent(0.1, 0.3)):
         nets = [tame[0], wild[0], tame[2], wild[1]]
-        run = gf.simulate(problem, nets, dynamics, **options)
+        with pytest.warns(gf.DivergedWarning, match="2 of 4 paths diverged, the first by t = "):
+            run = gf.simulate(problem, nets, dynamics, **options)
         alone = gf.simulate(problem, tame, dynamics, **options)
         assert run.diverged.tolist() == [False, True, False, True]
         gone = run.to_xarray()["diverged_at"].values
@@ -516,3 +517,48 @@ def test_refuses_what_does_not_fit_the_problem(dynamics: gf.GradientDescent, mes
     problem = problem_of(gf.Minibatch(3), gf.InputNoise(0.1), gf.WeightDecay(0.1))
     with pytest.raises(ValueError, match=message):
         every_step(problem, dynamics, 3, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "limit"),
+    [
+        (gf.GradientDescent(0.7), 2.0),
+        (gf.GradientDescent(0.7, 0.5), 3.0),
+        (gf.GradientDescent(0.7, 0.5, nesterov=True), 1.5),
+    ],
+)
+def test_a_divergence_is_said_with_its_limit(dynamics, limit):
+    """The Hessian of (w_1 w_2 - 1)^2 / 2 at (2, 0.1) is ((0.01, -0.6), (-0.6, 4))."""
+    problem = gf.Problem(gf.Regression.whitened([[1.0]]))
+    net = gf.DeepLinear([[[2.0]], [[0.1]]])
+    steep = np.linalg.eigvalsh([[0.01, -0.6], [-0.6, 4.0]])[-1]
+    far = gf.DeepLinear([[[20.0]], [[0.1]]])
+    with pytest.warns(gf.DivergedWarning) as said:
+        run = gf.simulate(problem, far, dynamics, steps=20, save=[0.7, 14.0])
+    assert "Trajectory(GradientDescent, 2 times to t = 14, 1 of 1 diverged;" in repr(run)
+    assert f"and steps are stable up to {limit:g}: use" in str(said[0].message)
+    with pytest.warns(gf.DivergedWarning) as said:
+        gf.simulate(problem, [net, net, net], gf.GradientDescent(5.0), steps=50, save=51)
+    w1, w2, step = 2.0, 0.1, 0
+    while w1**2 + w2**2 < 1e12 * (1.0 + 4.01):
+        pull = w1 * w2 - 1.0
+        w1, w2, step = w1 - 5.0 * pull * w2, w2 - 5.0 * pull * w1, step + 1
+    (text,) = (str(w.message) for w in said)
+    assert text == (
+        f"GradientDescent: 3 of 3 paths diverged, the first by t = {5 * step} (step {step}); from "
+        f"then on they are NaN. At its start h lam_max is {5 * steep:.4g}, and steps are stable up "
+        f"to 2: use a step size smaller than {2 / steep:.4g}."
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 0.8])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_stability_limit_is_that_of_the_recursion(beta, nesterov):
+    """Spectral radius 1 of the step (w, v) on the loss h lam w^2 / 2."""
+    if nesterov and beta == 0.0:
+        return
+    limit = float(gf.GradientDescent(1.0, beta, nesterov=nesterov).stability_limit)
+    for x, stable in ((0.999 * limit, True), (1.001 * limit, False)):
+        ahead = [1.0 - (1.0 + beta) * x, beta**2] if nesterov else [1.0 - x, beta]
+        radius = np.abs(np.linalg.eigvals([ahead, [-x, beta]])).max()
+        assert (radius < 1.0) == stable

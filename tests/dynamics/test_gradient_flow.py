@@ -249,7 +249,8 @@ def test_stiff_starts_take_an_implicit_solver():
 def test_a_start_that_overflows_is_given_up_and_leaves_the_others_alone():
     tame, wild = scalar_network(2.0, -0.1), scalar_network(1e200, 1e200)
     dynamics = gf.GradientFlow(rtol=1e-10, atol=1e-12)
-    run = gf.simulate(scalar_problem(), [wild, tame], dynamics, t1=5.0, save=3)
+    with pytest.warns(gf.DivergedWarning):
+        run = gf.simulate(scalar_problem(), [wild, tame], dynamics, t1=5.0, save=3)
     assert run.diverged.tolist() == [True, False]
     assert np.isnan(run["loss"][0, 1:]).all()
     assert all(np.isnan(w[0, 1:]).all() for w in run.weights)

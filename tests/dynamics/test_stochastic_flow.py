@@ -240,7 +240,7 @@ def test_diverged_replicas_are_nan_and_leave_the_others_alone():
     tame = [nets[0], gf.DeepLinear([[[0.5]], [[1.0]]])]
     options = {"steps": 100, "key": KEY, "save": 11, "observables": ["loss"]}
     dynamics = gf.StochasticFlow(0.1, substeps=2)
-    with pytest.warns(CoarseIntegrationWarning):
+    with pytest.warns(CoarseIntegrationWarning), pytest.warns(gf.DivergedWarning):
         run = gf.simulate(problem, nets, dynamics, **options)
     alone = gf.simulate(problem, tame, dynamics, **options)
     assert run.diverged.tolist() == [False, True]

@@ -1,6 +1,5 @@
 """Several steps a turn of the loop against one a turn."""
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 
 import gradflow as gf
 from gradflow.dynamics import base
-from gradflow.solvers.several_steps import SeveralSteps
 
 PROBLEM = gf.Problem(gf.Regression.whitened([[0.8]]), [gf.LabelNoise(0.3), gf.WeightDecay(0.01)])
 NET = gf.DeepLinear([[[0.9]], [[-0.4]]])
@@ -59,20 +57,3 @@ def test_only_scalar_networks_take_several_steps_a_turn(monkeypatch):
     monkeypatch.setattr(base, "on_cpu", lambda: False)
     assert base.steps_a_turn(scalar) == base.ACCELERATOR_STEPS
     assert base.steps_a_turn(matrix) == 1
-
-
-def test_several_steps_are_those_of_the_solver():
-    terms = diffrax.ODETerm(lambda t, y, args: -y + jnp.sin(t))
-    times = {"t0": 2.0, "t1": 14.0, "y0": jnp.asarray(0.7)}
-    several = SeveralSteps(diffrax.Midpoint(), 4)
-    one = diffrax.diffeqsolve(terms, diffrax.Midpoint(), dt0=1.0, **times)
-    four = diffrax.diffeqsolve(terms, several, dt0=4.0, **times)
-    y, t = 0.7, 2.0
-    for _ in range(12):
-        half = y + 0.5 * (-y + np.sin(t))
-        y += -half + np.sin(t + 0.5)
-        t += 1.0
-    np.testing.assert_allclose(one.ys[0], y, rtol=1e-12)
-    np.testing.assert_allclose(four.ys[0], y, rtol=1e-12)
-    assert int(one.stats["num_steps"]) == 12
-    assert int(four.stats["num_steps"]) == 3

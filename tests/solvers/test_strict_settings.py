@@ -18,7 +18,6 @@ from gradflow.solvers import (
     Stabilized5,
     Switching,
 )
-from gradflow.solvers.several_steps import SeveralSteps
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +88,7 @@ def test_derivatives_of_the_collocation():
     np.testing.assert_allclose(found, np.exp(RATES["real"]).sum(), rtol=1e-7)
 
 
-@pytest.mark.parametrize("solver", [SmallNoise(), SeveralSteps(SmallNoise(), 2)])
+@pytest.mark.parametrize("solver", [SmallNoise()])
 def test_the_solvers_of_a_grid(solver):
     """dy = -y dt + s dB with additive noise: the two slopes of each step written out."""
     increments = np.random.default_rng(0).normal(size=(4, 1))

@@ -257,6 +257,22 @@ def test_change_ratio_from_zero_is_an_error():
         measure("change_ratio", run, observable="loss")
 
 
+@pytest.mark.parametrize("quantity", ["change", "change_ratio", "max_change"])
+def test_what_is_counted_from_the_start_needs_it(quantity):
+    run = make_run(time=np.array([0.5, 1.0]), loss=np.array([1.0, 2.0]))
+    with pytest.raises(
+        ValueError, match=r"not saved at its start but from t = 0\.5 on; write 0\.0"
+    ):
+        measure(quantity, run, observable="loss")
+
+
+@pytest.mark.parametrize("quantity", ["balancedness_change", "diagonal_change", "noether_decay"])
+def test_what_weights_are_counted_from_needs_the_start(quantity):
+    run = make_run(time=np.array([0.5, 1.0]), W1=np.ones((2, 1, 1)), W2=np.ones((2, 1, 1)))
+    with pytest.raises(ValueError, match=r"not saved at its start but from t = 0\.5 on"):
+        measure(quantity, run)
+
+
 def test_difference_adds_errors_in_quadrature():
     rng = np.random.default_rng(0)
     first, second = rng.normal(3.0, 1.0, (50, 1)), rng.normal(1.0, 2.0, (80, 1))
