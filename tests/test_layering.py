@@ -158,6 +158,8 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "slow_path",
     ),
     "analysis": (
+        "unmeasured",
+        "afterwards",
         "statistics",
         "boundary",
         "noise_free_run",
@@ -166,6 +168,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "at_minimum",
         "prediction",
         "predict",
+        "local_rates",
         "rates",
         "phases",
         "matched_times",

@@ -86,7 +86,8 @@ class ClaimResult:
         measured_error: its standard error, None where there is none.
         expected: the value it is compared with, None for a bound, a word for an agreement.
         rule: the check in words, such as "within 3 standard errors".
-        verdict: "undecided" when the error is too large to tell; it counts as not holding.
+        verdict: "undecided" when the value was not measured or the error is too large to tell;
+            it counts as not holding.
         detail: why, for people.
     """
 

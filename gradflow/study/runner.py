@@ -18,6 +18,7 @@ from gradflow.analysis.orders import orders as measure_orders
 from gradflow.analysis.phases import phases
 from gradflow.analysis.predict import predict
 from gradflow.analysis.rates import decay_rate
+from gradflow.analysis.unmeasured import in_spec
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.simulate import InterruptedWarning, simulate
 from gradflow.study.build import Prepared, PreparedOrders, PreparedRun
@@ -266,7 +267,7 @@ def _attempt(compute: Callable[[], _T], what: str, notes: list[str]) -> _T | Non
     try:
         return compute()
     except ValueError as error:
-        notes.append(f"{what}: {error}")
+        notes.append(f"{what}: {in_spec(error)}")
         return None
 
 
