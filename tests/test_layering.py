@@ -170,6 +170,7 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "predict",
         "local_rates",
         "rates",
+        "along",
         "phases",
         "matched_times",
         "agreement",

@@ -11,7 +11,7 @@ from gradflow.report.against_theory import (
     Verdict,
     theory_rows,
 )
-from gradflow.report.formatting import number, with_error
+from gradflow.report.formatting import not_constant, number, with_error
 from gradflow.study.results import StudyResult
 
 
@@ -77,6 +77,7 @@ def _entries(*found: Compared | None) -> tuple[TheoryEntry, ...]:
 
 def _entry(value: Measured, name: str = "", verdict: Verdict | None = None) -> TheoryEntry:
     text = with_error(value.value, value.error) if value.error > 0.0 else number(value.value)
+    text = not_constant(value.local) if value.local else text
     if verdict is None:
         return TheoryEntry(name, text)
     if verdict.reason == CHANGES:

@@ -109,9 +109,7 @@ def _why(run: RunResult) -> list[str]:
     return [note for note in run.notes if note.startswith("prediction:")]
 
 
-def _judge_parts(
-    claim: ClaimSpec, measurement: Measurement, expected: float | None
-) -> ClaimResult:
+def _judge_parts(claim: ClaimSpec, measurement: Measurement, expected: float | None) -> ClaimResult:
     """The verdict on a number, undecided if it is none: if its parts deserve different ones."""
     whole = _judge_number(claim, measurement, expected)
     apart = [replace(measurement, value=value, parts=()) for value in measurement.parts]
@@ -120,8 +118,8 @@ def _judge_parts(
     listed = " → ".join(f"{value:.4g}" for value in measurement.parts)
     reason = (
         f"{claim.quantity} is not one number but {listed} over the window; narrow it with "
-        'window = [t_start, t_stop], or compare with a SlowFlow run (quantity = "displacement_ratio" '
-        'or "agreement"), which follows the change'
+        "window = [t_start, t_stop], or compare with a run of kind SlowFlow, which follows the "
+        'change (quantity = "displacement_ratio")'
     )
     return _result(claim, measurement, expected, "undecided", reason)
 

@@ -31,6 +31,8 @@ class RunResult:
         rate: decay rate of the imbalance in the regularization phase, None where it cannot be
             measured.
         prediction: what theory predicts for the run, None where it predicts nothing.
+        along: what the slow flow predicts over the times of `rate`; only where that is not
+            constant.
         notes: remarks for people, such as replicas that diverged.
     """
 
@@ -43,6 +45,7 @@ class RunResult:
     rate: Rate | None = None
     prediction: Prediction | None = None
     notes: tuple[str, ...] = ()
+    along: Rate | None = None
 
     @property
     def interrupted(self) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gradflow.analysis.along import rate_along
 from gradflow.analysis.orders import orders as measure_orders
 from gradflow.analysis.phases import phases
 from gradflow.analysis.predict import predict
@@ -225,11 +226,16 @@ class _Execution:
                 "prediction",
                 notes,
             )
+        along = None
+        if rate and predicted and not rate.constant and predicted.slow:
+            law, fitted = predicted, rate
+            along = _attempt(lambda: rate_along(law, fitted, trajectory.time), "slow flow", notes)
         return replace(
             result,
             phases=measured,
             rate=rate,
             prediction=predicted,
+            along=along,
             notes=tuple(notes),
         )
 
