@@ -111,8 +111,8 @@ def compared_rates(result: StudyResult) -> Counter[str]:
     """Returns how many measured imbalance rates agree with theory, miss it, and so on.
 
     Every run with a rate and a prediction counts, but slow flows, which are theory themselves: as
-    "agrees", "misses" or "undecided" within the tolerance, or "not constant", which no number at
-    the start of the phase predicts.
+    "agrees", "misses" or "undecided" within the tolerance, or "not constant" where the rate leaves
+    the tolerance somewhere along the run: no number at the start of the phase predicts it.
     """
     said = {"agree": "agrees", "differ": "misses", "undecided": "undecided"}
     counts: Counter[str] = Counter()
@@ -122,8 +122,10 @@ def compared_rates(result: StudyResult) -> Counter[str]:
             continue
         if not math.isfinite(prediction.imbalance_rate):
             continue
-        verdict = judged(_of_run(view, rate), Measured(prediction.imbalance_rate))
-        counts[said[verdict.word] if rate.constant else "not constant"] += 1
+        measured, predicted = _of_run(view, rate), Measured(prediction.imbalance_rate)
+        words = [judged(one, predicted).word for one in (measured, *map(Measured, measured.local))]
+        moves = measured.local and set(words) != {"agree"}
+        counts["not constant" if moves else said[words[0]]] += 1
     return counts
 
 

@@ -45,8 +45,13 @@ def with_error(value: float | None, error: float | None) -> str:
 
 
 def not_constant(local: Sequence[float]) -> str:
-    """Writes a rate that changes along its window: what it is in the parts of it, in order."""
-    return f"not constant: {' → '.join(number(value, 3) for value in local)}"
+    """Writes a rate that changes along its window."""
+    return f"not constant: {arrows(local)}"
+
+
+def arrows(local: Sequence[float]) -> str:
+    """Writes what a rate is in the parts of its window, in order; nothing for none."""
+    return " → ".join(number(value, 3) for value in local)
 
 
 def interval(low: float | None, high: float | None) -> str:

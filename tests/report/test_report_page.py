@@ -191,6 +191,8 @@ BENT: dict[str, Any] = {"constant": False, "local": (0.02, 0.012, 0.008)}
         ({"sgd": {"value": 0.014}}, "2 agree, 1 misses", "undecided"),
         ({"sgd": {"value": 0.0131}}, "2 agree, 1 is undecided", "holds"),
         ({"sgd": BENT}, "2 agree, 1 is not constant", "holds"),
+        # within the tolerance all along the run
+        ({"sgd": {"constant": False, "local": (0.0128, 0.0126, 0.012)}}, "3 agree", "holds"),
         (
             {"sgd": BENT, "sde": BENT, "decay": {"value": 0.03}},
             "0 agree, 1 misses, 2 are not constant",
