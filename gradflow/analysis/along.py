@@ -1,5 +1,7 @@
 """What theory says of a rate that changes: that of the slow flow over the same flow times."""
 
+from dataclasses import replace
+
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
@@ -37,18 +39,17 @@ def rate_along(prediction: Prediction, measured: Rate, time: np.ndarray) -> Rate
     logs = PchipInterpolator(knots, np.log(sizes))(inside)[None]
     value = -float(weighted_line(inside, logs, trapezoid_weights(inside))[1][0])
     local = local_rates(inside, -logs, 1.0, None)
-    bounds = min(*local.values, value), max(*local.values, value)
-    counts = {"replicas": 1, "diverged": 0, "points": inside.size, "independent": 1}
-    return Rate(
-        value,
-        float("nan"),
-        *bounds,
-        measured.confidence,
-        measured.kind,
-        measured.observable,
-        measured.window,
-        **counts,
+    return replace(
+        measured,
+        value=value,
+        standard_error=float("nan"),
+        low=min(*local.values, value),
+        high=max(*local.values, value),
+        replicas=1,
+        diverged=0,
+        independent=1,
         per_replica=np.array([value]),
+        note="" if local.constant else f"the rate is not constant: {local}",
         constant=local.constant,
         local=local.values,
     )
