@@ -14,7 +14,8 @@ class Trajectory(AbstractOutcome):
     Dimensions: `replica` (if replicas were asked for), `time`, `layer`, `width_0..width_N`.
     Variables: every observable by name, the layers `W1..WN` if stored, and `diverged_at`, the
     first saved flow time at which a replica had diverged (NaN if it did not). Values of a diverged
-    replica are NaN from then on.
+    replica are NaN from then on. A run with momentum has the coordinate `effective_time`,
+    h k / (1 - momentum), beside `time`.
     """
 
     kind: ClassVar[str] = "trajectory"

@@ -51,7 +51,7 @@ def recorded_array(trajectory: Trajectory, name: str) -> xr.DataArray:
 
 
 def _of_weights(trajectory: Trajectory, observable: Observable) -> xr.DataArray:
-    """An observable of every stored network; NaN where a replica has diverged."""
+    """An observable of every stored network; of a replica that has diverged they are NaN."""
     layers = trajectory.weights
     lead = layers[0].shape[:-2]
     flat = tuple(jnp.moveaxis(jnp.asarray(w.reshape(-1, *w.shape[-2:])), 0, -1) for w in layers)
@@ -60,8 +60,6 @@ def _of_weights(trajectory: Trajectory, observable: Observable) -> xr.DataArray:
         _observed(observable, flat, trajectory.problem, trajectory.dynamics, together)
     )
     values = np.moveaxis(values, -1, 0)
-    alive = np.isfinite(layers[0].reshape(values.shape[0], -1)[:, 0])
-    values = np.where(alive.reshape(-1, *[1] * (values.ndim - 1)), values, np.nan)
     own = axes_of(observable, values.ndim - 1, len(layers))
     dims = ("time",) if trajectory.replicas is None else ("replica", "time")
     return xr.DataArray(

@@ -41,7 +41,8 @@ class Phases:
       error and the window fitted.
     - `regularization_rate`: decay rate of the imbalance from `optimization_end` to the last saved
       time; None if it cannot be measured (see `note`).
-    - `separation`: optimization rate / regularization rate, the ratio of the time scales.
+    - `separation`: optimization rate / regularization rate, the ratio of the time scales; its error
+      means nothing where the regularization rate is not constant (`regularization_rate.constant`).
     - `replicas`: used; `diverged`: left out because they diverged.
     - `reason`: why `optimization_end` is nan; `note`: anything else the reader should know.
     """

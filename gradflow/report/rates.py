@@ -96,6 +96,10 @@ def _row(view: RunView, quantity: str) -> _Row:
         if phases is not None:
             measured, error = phases.separation, phases.separation_error
             low, high = measured - _NORMAL_95 * error, measured + _NORMAL_95 * error
+            slow = phases.regularization_rate
+            if slow is not None and not slow.constant and min(slow.local) > 0.0:
+                constant = False
+                low, high = (phases.optimization_rate / f(slow.local) for f in (max, min))
         predicted = math.nan if prediction is None else prediction.separation
     return _Row(measured, low, high, predicted, reason or "not measured", constant)
 
@@ -208,8 +212,8 @@ def _caption(views: Sequence[RunView], table: dict[str, list[_Row]], spec: Rates
     return sentence(
         spec.caption or "Measured rates against the predictions of theory, one row for each run.",
         *sorted(cut),
-        f"The rate is not constant along {', '.join(changing)}: there the bar holds the rates of "
-        "thirds of the window, and the prediction is that at its start."
+        f"The rate is not constant along {', '.join(changing)}: there the bar spans thirds of the "
+        "window, and the prediction is that at its start."
         if changing
         else "",
         "A dot without a bar comes from one deterministic path." if single else "",
