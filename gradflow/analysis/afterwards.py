@@ -35,14 +35,11 @@ def recorded_array(trajectory: Trajectory, name: str) -> xr.DataArray:
         return dataset[name]
     if name not in BUILT_IN or "W1" not in dataset:
         names = sorted(str(variable) for variable in dataset.data_vars)
-        weights = name in BUILT_IN
+        instead = ", or store_weights=True to compute it afterwards" if name in BUILT_IN else ""
         raise Unmeasured(
-            f"observable {name!r} was not recorded (recorded: {', '.join(names)})"
-            + (", and there are no stored weights to compute it from" if weights else ""),
-            python=f"add {name!r} to observables= of simulate"
-            + (", or pass store_weights=True" if weights else ""),
-            spec=f'add "{name}" to the observables of the run'
-            + (", or give it store_weights = true" if weights else ""),
+            f"observable {name!r} was not recorded (recorded: {', '.join(names)})",
+            python=f"add {name!r} to observables= of simulate{instead}",
+            spec=f'add "{name}" to the observables of the run',
         )
     found = _computed.setdefault(trajectory, {})
     if name not in found:

@@ -215,7 +215,8 @@ class _Execution:
                 whole = float(trajectory.time[0]), float(trajectory.time[-1])
                 rate = _attempt(lambda: decay_rate(trajectory, window=whole), "rate", notes)
         else:
-            measured = _attempt(lambda: phases(trajectory, eps=self.eps), "phases", notes)
+            lean = _without_weights(trajectory)
+            measured = _attempt(lambda: phases(lean, eps=self.eps), "phases", notes)
             rate = measured.regularization_rate if measured else None
         predicted = None
         if run.regularizers or run.name in self.predicted:
@@ -241,6 +242,18 @@ class _Execution:
 
     def _keep_warning(self, message: str) -> None:
         self.warnings.setdefault(threading.get_ident(), []).append(message)
+
+
+def _without_weights(trajectory: Trajectory) -> Trajectory:
+    """What the spec says to record: what it leaves out may take longer to compute than the run."""
+    dataset = trajectory.to_xarray()
+    layers = [f"W{i}" for i in range(1, trajectory.start[0].depth + 1)]
+    return Trajectory(
+        dataset.drop_vars(layers, errors="ignore"),
+        trajectory.problem,
+        trajectory.dynamics,
+        trajectory.start,
+    )
 
 
 def _compile(prepared: PreparedRun) -> None:
