@@ -19,7 +19,7 @@ from gradflow.analysis.prediction import Prediction, shown_imbalance
 from gradflow.geometry.imbalance import squared_norms
 from gradflow.progress import announced
 from gradflow.report.draw import FigureError, draw_figures
-from gradflow.report.formatting import MISSING, duration, number, with_error
+from gradflow.report.formatting import MISSING, arrows, duration, number, with_error
 from gradflow.report.page import write_page
 from gradflow.report.tables import summary
 from gradflow.study.build import Prepared, PreparedRun, prepare
@@ -297,7 +297,7 @@ def _table(result: StudyResult, with_rules: bool) -> Table:
             sentence.append(f"\n{claim.rule}", style="dim")
         if claim.verdict != "holds" and claim.detail:
             sentence.append(f"\n{claim.detail}", style="dim")
-        measured = with_error(claim.measured, claim.measured_error)
+        measured = arrows(claim.parts) or with_error(claim.measured, claim.measured_error)
         cells = [Text(f"{mark} {claim.verdict}", style=style), sentence, measured, expected]
         table.add_row(*cells, *([claim.rule] if with_rules else []))
     return table

@@ -10,6 +10,7 @@ from gradflow.analysis.order_results import OrderRow
 from gradflow.report.against_theory import compared_rates
 from gradflow.report.formatting import (
     MISSING,
+    arrows,
     duration,
     interval,
     not_constant,
@@ -132,7 +133,7 @@ def _claim_row(claim: ClaimResult, result: StudyResult) -> ClaimRow:
         # an agreement is measured by the largest relative difference of the two runs
         measured = f"{number(100 * claim.measured, 2)}\u00a0% apart"
     else:
-        measured = with_error(claim.measured, claim.measured_error)
+        measured = arrows(claim.parts) or with_error(claim.measured, claim.measured_error)
     if math.isnan(claim.measured):
         measured = MISSING
     return ClaimRow(

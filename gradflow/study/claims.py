@@ -181,9 +181,10 @@ def _result(
         quantity=claim.quantity,
         runs=tuple(claim.run_names) if claim.orders is None else (claim.orders,),
         measured=measurement.value,
-        measured_error=measurement.error,
+        measured_error=None if measurement.parts else measurement.error,
         expected=expected,
         rule=rule(claim),
         verdict=verdict,
         detail="; ".join(part for part in (reason, measurement.detail) if part),
+        parts=measurement.parts,
     )

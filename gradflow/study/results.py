@@ -92,6 +92,8 @@ class ClaimResult:
         verdict: "undecided" when the value was not measured or the error is too large to tell;
             it counts as not holding.
         detail: why, for people.
+        parts: what it is in thirds of the window, where it is not constant over it; `measured` is
+            then but the mean, and has no error.
     """
 
     sentence: str
@@ -103,6 +105,7 @@ class ClaimResult:
     rule: str
     verdict: Verdict
     detail: str = ""
+    parts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

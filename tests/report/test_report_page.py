@@ -11,7 +11,7 @@ import gradflow as gf
 from gradflow.report import FigureError, draw_figures, inline, write_page
 from gradflow.report.inline import inline_svg
 from gradflow.report.reading import on_common_clock, run_views
-from gradflow.report.tables import phase_rows, provenance, summary, tone
+from gradflow.report.tables import claim_rows, phase_rows, provenance, summary, tone
 from gradflow.study.results import StudyResult
 
 MakeStudy = Callable[..., StudyResult]
@@ -224,6 +224,9 @@ def test_a_rate_that_is_not_constant_is_not_printed_with_an_error(make_study: Ma
         "slow flow along the run 0.0123",
         "predicted 0.0125 at its start",
     )
+    changing = replace(result.claims[0], measured=0.0123, parts=(0.02, 0.012, 0.008))
+    (claimed,) = claim_rows(replace(result, claims=(changing,)))
+    assert claimed.measured == "0.02 → 0.012 → 0.008"
     assert separation.value == "about 360"
     assert separation.below[0] == "of a rate that is not constant"
     _, page = page_of(result, draw=False)

@@ -157,6 +157,8 @@ def test_a_rate_that_is_not_constant_is_no_number_to_hold_against_a_claim(keys, 
     result = judge(rate_claim(window=[0.0, 1.0], **keys), runs)
     assert result.verdict == verdict
     assert "not constant: 2 → 1 → 1" in result.detail
+    assert result.parts == pytest.approx((2.0, 1.0, 1.0), rel=1e-9)
+    assert result.measured_error is None
     if verdict == "undecided":
         assert "rate is not one number but 2 → 1 → 1 over the window" in result.detail
         assert "window = [t_start, t_stop]" in result.detail
