@@ -47,7 +47,10 @@ A folder that holds a result is refused, never added to: give --overwrite or ano
 ends the runs and keeps what they have, with the status "interrupted".
 
 Exit status: 0 every claim holds; 1 some claim fails or is undecided; 2 bad input; 3 a run broke;
-130 interrupted.
+130 interrupted. A claim is undecided if its quantity was not measured (an observable is missing or
+not a number, a phase not reached, a run diverged), if a rate is not constant over its window, or if
+errors are too large to tell; its hint says what to change. Rates that theory misses are counted
+beside the claims and do not change the exit status.
 
 Dynamics: GradientFlow, ExactFlow, ModifiedFlow, PrincipalFlow, HeavyBallFlow (flow time only);
 GradientDescent, SVAG, StochasticFlow, SlowFlow (step size h). Regularizers: WeightDecay,

@@ -19,8 +19,9 @@ from gradflow.analysis.prediction import Prediction, shown_imbalance
 from gradflow.geometry.imbalance import squared_norms
 from gradflow.progress import announced
 from gradflow.report.draw import FigureError, draw_figures
-from gradflow.report.formatting import MISSING, duration, number, with_error
+from gradflow.report.formatting import MISSING, arrows, duration, number, with_error
 from gradflow.report.page import write_page
+from gradflow.report.tables import summary
 from gradflow.study.build import Prepared, PreparedRun, prepare
 from gradflow.study.experiments import find
 from gradflow.study.faults import not_one_of
@@ -275,8 +276,7 @@ def _summarize(result: StudyResult, console: Console, *, with_orders: bool) -> N
         console.print(f"{orders.orders}\n", markup=False, highlight=False)
     if result.claims:
         console.print(_table(result, with_rules=console.width >= _WIDE))
-        held = sum(claim.verdict == "holds" for claim in result.claims)
-        console.print(f"{held} of {len(result.claims)} claims hold.", highlight=False)
+        console.print(summary(result), highlight=False)
     page = result.out / "report.html"
     where = f"Report: {page}" if page.is_file() else f"Results: {result.out}"
     console.print(where, markup=False, highlight=False, soft_wrap=True)
@@ -299,7 +299,7 @@ def _table(result: StudyResult, with_rules: bool) -> Table:
             sentence.append(f"\n{claim.rule}", style="dim")
         if claim.verdict != "holds" and claim.detail:
             sentence.append(f"\n{claim.detail}", style="dim")
-        measured = with_error(claim.measured, claim.measured_error)
+        measured = arrows(claim.parts) or with_error(claim.measured, claim.measured_error)
         cells = [Text(f"{mark} {claim.verdict}", style=style), sentence, measured, expected]
         table.add_row(*cells, *([claim.rule] if with_rules else []))
     return table

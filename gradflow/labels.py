@@ -1,11 +1,13 @@
 """Names, units and axes of what a run has recorded."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from gradflow.dynamics.base import AbstractDynamics
+from gradflow.dynamics.effective_time import effective_time, momentum_of
 from gradflow.observables import Observable
 from gradflow.record import AbstractRecord, PathRecord, StatisticsRecord
 from gradflow.schedule import Schedule
@@ -19,8 +21,12 @@ def labelled(
     depth: int,
     replica_axis: bool,
     quantiles: Sequence[float],
+    dynamics: AbstractDynamics,
 ) -> xr.Dataset:
-    """The data set of a run: of its paths, with or without a replica axis, or of statistics."""
+    """The data set of a run: of its paths, with or without a replica axis, or of statistics.
+
+    A run with momentum has the coordinate `effective_time` beside its flow time.
+    """
     time = plan.time[: record.times]
     if isinstance(record, StatisticsRecord):
         variables, own = _of_statistics(record.tally, observables, depth, quantiles)
@@ -41,17 +47,24 @@ def labelled(
     }
     if plan.step is not None:
         coords["step"] = ("time", plan.step[: record.times], {"units": "1", "long_name": "steps"})
-    if any("layer" in axes for axes, _, _ in variables.values()):
-        coords["layer"] = ("layer", np.arange(1, depth + 1))
-    return xr.Dataset(variables, own | coords)
+    if momentum_of(dynamics) > 0.0:
+        attrs = {"units": "flow time", "long_name": "effective time h k / (1 - momentum)"}
+        coords["effective_time"] = ("time", effective_time(dynamics, time), attrs)
+    named = {axis for axes, _, _ in variables.values() for axis in axes}
+    return xr.Dataset(variables, own | coords | coordinates_of(named, depth))
 
 
-def _axes(observable: Observable, count: int, depth: int) -> tuple[str, ...]:
+def axes_of(observable: Observable, count: int, depth: int) -> tuple[str, ...]:
     """The names of the axes of an observable of one path that has so many of them."""
     ends = {"width_in": "width_0", "width_out": f"width_{depth}"}
     if count != len(observable.dims):
         return tuple(f"{observable.name}_{axis}" for axis in range(count))
     return tuple(ends.get(dim, dim) for dim in observable.dims)
+
+
+def coordinates_of(axes: Collection[str], depth: int) -> dict[str, Any]:
+    """The coordinates of the axes of observables: layers count from 1."""
+    return {"layer": ("layer", np.arange(1, depth + 1))} if "layer" in axes else {}
 
 
 def _of_paths(
@@ -73,7 +86,7 @@ def _of_paths(
     for o in observables:
         values = _blank(saved.observed[o.name], alive)
         variables[o.name] = (
-            (*lead, *_axes(o, values.ndim - 2, depth)),
+            (*lead, *axes_of(o, values.ndim - 2, depth)),
             trim(values),
             {"long_name": o.long_name, "units": o.units},
         )
@@ -125,7 +138,7 @@ def _of_statistics(
         for o in observables:
             units = f"({o.units})^2" if what == "variance" else o.units
             variables[f"{o.name}_{what}"] = (
-                (*lead, *_axes(o, len(tally.shapes[o.name]), depth)),
+                (*lead, *axes_of(o, len(tally.shapes[o.name]), depth)),
                 arrays[o.name],
                 {"long_name": f"{words} {o.long_name}", "units": units},
             )

@@ -16,6 +16,7 @@ import xarray as xr
 from gradflow.data import Regression
 from gradflow.describe import check_rebuilds, describe, rebuild_dynamics, rebuild_regularizer
 from gradflow.dynamics.base import AbstractDynamics
+from gradflow.dynamics.effective_time import effective_time
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.streams import Normals
@@ -61,6 +62,11 @@ class AbstractOutcome(abc.ABC):
     def time(self) -> np.ndarray:
         """Saved flow times, `(T,)`."""
         return self._dataset["time"].values
+
+    @property
+    def effective_time(self) -> np.ndarray:
+        """Saved times h k / (1 - momentum), on which all momenta keep pace, `(T,)`."""
+        return effective_time(self.dynamics, self.time)
 
     @property
     def step(self) -> np.ndarray | None:

@@ -214,7 +214,7 @@ def simulate(
             report.close()
     if record.times == 0:
         raise KeyboardInterrupt
-    dataset = labelled(record, plan, chosen, len(layers), replica_axis, quantiles)
+    dataset = labelled(record, plan, chosen, len(layers), replica_axis, quantiles, dynamics)
     _warn_of_overflow(dataset, chosen)
     done = record.paths
     if record.end is not None:

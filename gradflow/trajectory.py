@@ -16,7 +16,8 @@ class Trajectory(AbstractOutcome):
     Variables: every observable by name, the layers `W1..WN` if stored, and `diverged_at`, the
     first saved flow time at which a replica had diverged (NaN if it did not). Values of a diverged
     replica are NaN from then on, and those of one that was given up: then there is
-    `incomplete_at`, the flow time that it had reached.
+    `incomplete_at`, the flow time that it had reached. A run with momentum has the coordinate
+    `effective_time`, h k / (1 - momentum), beside `time`.
     """
 
     kind: ClassVar[str] = "trajectory"

@@ -94,9 +94,27 @@ def test_the_program_runs_a_study_and_repeats_it(folder):
 def test_a_claim_that_fails(folder):
     result = call("study", "false.toml", "--out", "here")
     assert result.exit_code == 1
-    assert "fails" in result.stdout and "0 of 1 claims hold." in result.stdout
+    assert "fails" in result.stdout and "0 of 1 claims hold, 1 fails" in result.stdout
     assert "off by 0.1" in result.stdout
     assert (folder / "here" / "report.html").exists()
+
+
+def test_a_claim_that_cannot_be_measured_is_undecided_everywhere(folder):
+    """No regularizer, so no end of the optimization phase, and no rate after it."""
+    text = GOOD.replace('regularizers = [{ kind = "WeightDecay", rate = 0.1 }]\n', "")
+    (folder / "open.toml").write_text(text.replace("window = [0.0, 1.0]\n", ""))
+    result = call("study", "open.toml", "--out", "here")
+    assert result.exit_code == 1
+    assert "0 of 1 claims hold, 1 is undecided." in result.stdout
+    told = " ".join(result.stdout.split())
+    assert "? undecided" in told and "give the claim window = [t_start, t_stop]" in told
+    found = json.loads((folder / "here" / "claims.json").read_text())
+    assert found["counts"] == {"holds": 0, "fails": 0, "undecided": 1}
+    assert "give the claim window = [t_start, t_stop]" in found["claims"][0]["detail"]
+    page = (folder / "here" / "report.html").read_text(encoding="utf-8")
+    assert "0 of 1 claims hold, 1 is undecided." in page
+    assert "give the claim window = [t_start, t_stop]" in page
+    assert "window=(" not in page + result.stdout
 
 
 def test_bad_input(folder):

@@ -180,6 +180,8 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "slow_path",
     ),
     "analysis": (
+        "unmeasured",
+        "afterwards",
         "statistics",
         "boundary",
         "noise_free_run",
@@ -189,7 +191,9 @@ ORDERED: dict[str, tuple[str, ...]] = {
         "end_point",
         "prediction",
         "predict",
+        "local_rates",
         "rates",
+        "along",
         "phases",
         "matched_times",
         "agreement",

@@ -1,11 +1,13 @@
 """Agree, differ, or too early to say: the verdict on two means and the table of verdicts."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import ceil
 
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
+
+from gradflow.analysis.matched_times import EFFECTIVE, FLOW, Clock
 
 AGREE, DIFFER, UNDECIDED = "agree", "differ", "not enough replicas"
 MOST_REPLICAS = 10**9
@@ -17,7 +19,8 @@ _SEVERITY = (AGREE, UNDECIDED, DIFFER)
 class ComparisonRow:
     """One observable (or component of one) at one time, in two dynamics.
 
-    - `observable`, `units` of the means, labels `first` and `second`, flow time `time`.
+    - `observable`, `units` of the means, labels `first` and `second`.
+    - `time`: flow time, or effective time where momenta differ.
     - `mean_first`, `mean_second`: over replicas that did not diverge.
     - `difference`: second - first, its `standard_error` (Welch; 0 for two deterministic paths)
       and its size in standard errors, `sigmas`.
@@ -63,6 +66,7 @@ class Comparison:
     - `rows`: one a matched time and component; `verdicts`: one an observable and pair.
     - `tolerance`: relative; `confidence`: of all verdicts together.
     - `replicas`: used, by label (1 for a deterministic dynamics); `diverged`: left out, by label.
+    - `momenta`: by label, where they differ; times are then effective, h k / (1 - momentum).
     """
 
     rows: tuple[ComparisonRow, ...]
@@ -71,6 +75,12 @@ class Comparison:
     confidence: float
     replicas: dict[str, int]
     diverged: dict[str, int]
+    momenta: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def clock(self) -> Clock:
+        """What the times of the rows are: flow times, or effective times if momenta differ."""
+        return EFFECTIVE if self.momenta else FLOW
 
     @property
     def agree(self) -> bool:
@@ -87,9 +97,12 @@ class Comparison:
             for label, count in self.replicas.items()
         ]
         lines.append(f"tolerance {self.tolerance:.3g}, confidence {self.confidence:.3g}")
+        if self.momenta:
+            listed = ", ".join(f"{beta:g} ({label})" for label, beta in self.momenta.items())
+            lines.append(f"momenta differ, so times are effective, h k / (1 - momentum): {listed}")
         lines += ["", *map(str, self.verdicts)]
         if self.rows:
-            lines += ["", *_table(self.rows)]
+            lines += ["", *_table(self.rows, self.clock)]
         return "\n".join(lines)
 
 
@@ -167,7 +180,7 @@ def overall(observable: str, rows: list[ComparisonRow], tolerance: float) -> Ver
     return Verdict(observable, worst.first, worst.second, worst.verdict, reason)
 
 
-def _table(rows: tuple[ComparisonRow, ...]) -> list[str]:
+def _table(rows: tuple[ComparisonRow, ...], clock: Clock) -> list[str]:
     """Aligned plain text: words to the left, numbers to the right."""
     cells = [
         (
@@ -175,7 +188,7 @@ def _table(rows: tuple[ComparisonRow, ...]) -> list[str]:
             "units",
             "second",
             "first",
-            "flow time",
+            clock,
             "mean second",
             "mean first",
             "difference",

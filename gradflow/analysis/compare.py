@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
+from gradflow.analysis.afterwards import recorded_array
 from gradflow.analysis.agreement import (
     DIFFER,
     UNDECIDED,
@@ -19,12 +20,15 @@ from gradflow.analysis.agreement import (
     decide,
     overall,
 )
-from gradflow.analysis.matched_times import common_grid, match_times
+from gradflow.analysis.matched_times import EFFECTIVE, FLOW, Clock, common_grid, match_times
 from gradflow.analysis.statistics import check_confidence, recorded, units_of
+from gradflow.analysis.unmeasured import Unmeasured
 from gradflow.divergence import no_diverged_warning
 from gradflow.dynamics.base import AbstractDynamics
+from gradflow.dynamics.effective_time import differ_in_momentum, momentum_of
 from gradflow.independence import Units
 from gradflow.network import DeepLinear
+from gradflow.observables import ObservableSpec, resolve
 from gradflow.problem import Problem
 from gradflow.simulate import simulate
 from gradflow.trajectory import Trajectory
@@ -39,56 +43,73 @@ def compare(
     dynamics: Sequence[AbstractDynamics] | Mapping[str, AbstractDynamics],
     *,
     t1: float,
-    replicas: int,
-    key: PRNGKeyArray,
+    replicas: int | None = None,
+    key: PRNGKeyArray | None = None,
     save: int = 11,
-    observables: Sequence[str] = ("loss", "imbalance"),
+    observables: ObservableSpec = ("loss", "imbalance"),
     tolerance: float = 0.05,
     confidence: float = 0.95,
     atol: float = 1e-12,
     progress: bool = False,
 ) -> Comparison:
-    """Simulate every dynamics on one problem from one network and compare each with the first.
+    r"""Simulate every dynamics on one problem from one network and compare each with the first.
 
-    Times are common multiples of all step sizes, as evenly spaced as these allow. Deterministic
-    dynamics run one path, random ones `replicas` paths with keys of their own.
+    Times are common multiples of all step sizes, as evenly spaced as these allow. Where momenta
+    differ, times and step sizes are effective, $h k / (1 - \beta)$ and $h / (1 - \beta)$: so heavy
+    ball stands beside an SDE of step size $h / (1 - \beta)$. Deterministic dynamics run one path,
+    random ones `replicas` paths with keys of their own.
 
     **Arguments:**
 
     - `problem`, `net`: what every dynamics acts on and starts from.
     - `dynamics`: two or more, or a mapping from labels to them; the first is the reference.
-    - `t1`: flow time of the last comparison (or the last common multiple before it).
-    - `replicas`: of each random dynamics.
-    - `key`: random key.
+    - `t1`: time of the last comparison (or the last common multiple before it), flow time or, if
+      momenta differ, effective time.
+    - `replicas`: of each random dynamics, and `key`, random: needed if there is one.
     - `save`: number of times from 0 to `t1`; fewer if the step sizes meet less often.
-    - `observables`, `tolerance`, `confidence`, `atol`: as for `compare_trajectories`.
+    - `observables`: names, or a mapping from names to functions of (network, problem), as for
+      `simulate`.
+    - `tolerance`, `confidence`, `atol`: as for `compare_trajectories`.
     - `progress`: show progress.
 
     **Returns:** a `Comparison`; `str()` of it is a table.
 
-    **Raises:** `ValueError` if fewer than two dynamics are given or their grids do not meet.
+    **Raises:** `ValueError` if fewer than two dynamics are given, their grids do not meet, or one
+    is random and replicas or key are missing.
     """
     labelled = dict(dynamics) if isinstance(dynamics, Mapping) else _label(dynamics)
     if len(labelled) < 2:
         raise ValueError(f"dynamics: a comparison needs two or more; got {len(labelled)}")
-    times = common_grid(_steps(labelled), t1, save)
+    noisy = [label for label, one in labelled.items() if one.is_random(problem)]
+    for name, given, fix in (("replicas", replicas, "64"), ("key", key, "jax.random.key(0)")):
+        if noisy and given is None:
+            raise ValueError(
+                f"{name}: {', '.join(noisy)} {_are(noisy)} random on this problem; give "
+                f"{name}={fix}"
+            )
+    chosen = resolve(observables)
+    clock = EFFECTIVE if differ_in_momentum(labelled.values()) else FLOW
+    pace = {label: _pace(one, clock) for label, one in labelled.items()}
+    steps = {label: h / pace[label] for label, h in _steps(labelled).items()}
+    times = common_grid(steps, t1, save, clock)
     runs = {}
     for i, (label, one) in enumerate(labelled.items()):
-        random = one.is_random(problem)
+        noise = None if key is None or label not in noisy else jax.random.fold_in(key, i)
         with no_diverged_warning():
             runs[label] = simulate(
                 problem,
                 net,
                 one,
-                t1=float(times[-1]),
-                replicas=replicas if random else None,
-                key=jax.random.fold_in(key, i) if random else None,
-                save=times,
-                observables=list(observables),
+                t1=float(times[-1] * pace[label]),
+                replicas=replicas if label in noisy else None,
+                key=noise,
+                save=times * pace[label],
+                observables=chosen,
                 store_weights=False,
                 progress=progress,
             )
-    return compare_trajectories(runs, observables, None, tolerance, confidence, atol)
+    names = [observable.name for observable in chosen]
+    return compare_trajectories(runs, names, None, tolerance, confidence, atol)
 
 
 def compare_trajectories(
@@ -121,7 +142,8 @@ def compare_trajectories(
     - `trajectories`: by label; the first is the reference. One of a random dynamics needs two or
       more replicas.
     - `observables`: names recorded in all of them.
-    - `times`: flow times saved in all; None if all have the same saved times.
+    - `times`: saved in all; None if all have the same saved times. They are flow times, or, where
+      momenta differ, effective times $h k / (1 - \beta)$.
     - `tolerance`: relative to the scale; `confidence`: of all verdicts together.
     - `atol`: a smaller difference counts as none, so that 0 and rounding agree.
 
@@ -135,8 +157,12 @@ def compare_trajectories(
         raise ValueError(f"tolerance must be positive, for example 0.05; got {tolerance}")
     if len(trajectories) < 2:
         raise ValueError(f"a comparison needs two or more trajectories; got {len(trajectories)}")
-    saved = {label: np.asarray(run.time, dtype=float) for label, run in trajectories.items()}
-    index = match_times(saved, times)
+    clock = EFFECTIVE if differ_in_momentum(r.dynamics for r in trajectories.values()) else FLOW
+    saved = {
+        label: np.asarray(run.time, dtype=float) / _pace(run.dynamics, clock)
+        for label, run in trajectories.items()
+    }
+    index = match_times(saved, times, clock)
     first, *others = trajectories
     kept = {label: _kept(label, run) for label, run in trajectories.items()}
     for label in others:
@@ -179,6 +205,9 @@ def compare_trajectories(
         confidence,
         {label: int(units.kept.sum()) for label, units in kept.items()},
         {label: int(np.sum(~units.kept)) for label, units in kept.items()},
+        {label: momentum_of(run.dynamics) for label, run in trajectories.items()}
+        if clock == EFFECTIVE
+        else {},
     )
 
 
@@ -269,6 +298,10 @@ class _Pair:
         return np.divide((one + two) ** 2, spread, out=np.ones_like(spread), where=known)
 
 
+def _are(names: Sequence[str]) -> str:
+    return "are" if len(names) > 1 else "is"
+
+
 def _ratio(value: float, size: float) -> float:
     """Their quotient; 0/0 is 0."""
     if size > 0.0:
@@ -280,23 +313,25 @@ def _kept(label: str, run: Trajectory) -> Units:
     """The replicas that did not diverge."""
     units = units_of(run)
     if units.kept.size < 2 and run.dynamics.is_random(run.problem):
-        raise ValueError(
+        raise Unmeasured(
             f"trajectory {label!r} is a single path of a random dynamics, so its mean has no known "
-            "error; simulate it with replicas=, 64 for a start"
+            "error",
+            python="simulate it with replicas=, 64 for a start",
+            spec=f'give run "{label}" replicas = 64 for a start',
         )
     return units
 
 
 def _sample(label: str, run: Trajectory, observable: str, units: Units) -> _Sample:
     """Mean and squared standard error at every saved time, arrays flattened to components."""
-    array = run.to_xarray()
+    array = recorded_array(run, observable)
     values = recorded(run, observable)[units.kept]
     if not np.isfinite(values).all():
         raise ValueError(
             f"observable {observable!r} of trajectory {label!r} is not finite on a replica that "
             "did not diverge; it cannot be compared"
         )
-    dims = [str(d) for d in array[observable].dims if d not in ("replica", "time")]
+    dims = [str(d) for d in array.dims if d not in ("replica", "time")]
     axes = [[f"{d}={v}" for v in array[d].values] for d in dims]
     names = tuple(f"[{', '.join(part)}]" if part else "" for part in product(*axes))
     count, times = values.shape[:2]
@@ -310,7 +345,7 @@ def _sample(label: str, run: Trajectory, observable: str, units: Units) -> _Samp
         squared = units.standard_error(values) ** 2
     else:
         squared = np.full(values.shape[1:], 0.0 if units.kept.size == 1 else np.inf)
-    measured_in = str(array[observable].attrs.get("units", ""))
+    measured_in = str(array.attrs.get("units", ""))
     mean = start + values.mean(axis=0)
     return _Sample(names, measured_in, mean, squared, count, units.count)
 
@@ -352,6 +387,11 @@ def _label(dynamics: Sequence[AbstractDynamics]) -> dict[str, AbstractDynamics]:
     counts = Counter(names)
     unique = [n if counts[n] == 1 else f"{n} #{i + 1}" for i, n in enumerate(names)]
     return dict(zip(unique, dynamics, strict=True))
+
+
+def _pace(dynamics: AbstractDynamics, clock: Clock) -> float:
+    """Flow time per unit of a clock."""
+    return 1.0 - momentum_of(dynamics) if clock == EFFECTIVE else 1.0
 
 
 def _steps(dynamics: Mapping[str, AbstractDynamics]) -> dict[str, float]:

@@ -3,38 +3,48 @@
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import gcd, lcm
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from gradflow.analysis.unmeasured import Unmeasured
+
+Clock: TypeAlias = Literal["flow time", "effective time"]
+FLOW: Clock = "flow time"
+EFFECTIVE: Clock = "effective time"
 
 SAME_TIME = 1e-9
 """Relative difference below which two times are the same."""
 
 
 def match_times(
-    saved: Mapping[str, Float[np.ndarray, " _"]], times: Sequence[float] | None
+    saved: Mapping[str, Float[np.ndarray, " _"]],
+    times: Sequence[float] | None,
+    clock: Clock = FLOW,
 ) -> dict[str, Int[np.ndarray, " match"]]:
     """Indices of the matched times in the saved times of every trajectory.
 
     **Arguments:**
 
-    - `saved`: flow times by label.
-    - `times`: flow times saved in all; None if all have the same ones.
+    - `saved`: times by label.
+    - `times`: times saved in all; None if all have the same ones.
+    - `clock`: that of all these times.
 
     **Raises:** `ValueError` naming the nearest pairs if a time is missing: nothing is interpolated.
     """
     first, *_ = saved
     if times is None:
         for own in saved.values():
-            _find(first, saved[first], own)
+            _find(first, saved[first], own, clock)
     wanted = saved[first] if times is None else np.asarray(times, dtype=float).reshape(-1)
     if wanted.size == 0:
-        raise ValueError("times: give one flow time or more, or None for all saved ones")
-    return {label: _find(label, own, wanted) for label, own in saved.items()}
+        raise ValueError(f"times: give one {clock} or more, or None for all saved ones")
+    return {label: _find(label, own, wanted, clock) for label, own in saved.items()}
 
 
 def _find(
-    label: str, own: Float[np.ndarray, " own"], wanted: Float[np.ndarray, " wanted"]
+    label: str, own: Float[np.ndarray, " own"], wanted: Float[np.ndarray, " wanted"], clock: Clock
 ) -> Int[np.ndarray, " wanted"]:
     """Indices of the wanted times among a trajectory's own."""
     index = np.abs(own[:, None] - wanted[None, :]).argmin(axis=0)
@@ -46,21 +56,27 @@ def _find(
             for t, n in zip(wanted[missing], nearest[missing], strict=True)
         ]
         shown = ", ".join(pairs[:5]) + (f" and {len(pairs) - 5} more" if len(pairs) > 5 else "")
-        raise ValueError(
-            f"trajectory {label!r} was not saved at t = {shown}; nothing is interpolated: save all "
-            "trajectories at the same times (multiples of every step size), or pass times= with "
-            "times saved in all"
+        what = "t" if clock == FLOW else f"{EFFECTIVE} h k / (1 - momentum)"
+        raise Unmeasured(
+            f"trajectory {label!r} was not saved at {what} = {shown}; nothing is interpolated",
+            python="save all trajectories at the same times (multiples of every step size), or "
+            "pass times= with times saved in all",
+            spec="give the runs the same save = { times = [...] } (multiples of every step size), "
+            "or the claim times = [...] saved in all",
         )
     return index
 
 
-def common_grid(steps: Mapping[str, float], t1: float, save: int) -> Float[np.ndarray, " save"]:
+def common_grid(
+    steps: Mapping[str, float], t1: float, save: int, clock: Clock = FLOW
+) -> Float[np.ndarray, " save"]:
     """Times from 0 to `t1` that are multiples of every step size, as even as these allow.
 
     **Arguments:**
 
     - `steps`: step sizes by label; empty if nothing lives on a grid.
-    - `t1`: end, flow time; `save`: number of times, fewer if the step sizes meet less often.
+    - `t1`: end; `save`: number of times, fewer if the step sizes meet less often.
+    - `clock`: that of step sizes and end.
 
     **Raises:** `ValueError` if the step sizes have no common multiple up to `t1`.
     """
@@ -74,9 +90,10 @@ def common_grid(steps: Mapping[str, float], t1: float, save: int) -> Float[np.nd
     period = finest * lcm(*(f.numerator for f in parts)) / gcd(*(f.denominator for f in parts))
     ratios = np.array([period / h for h in steps.values()])
     count = int(np.floor(t1 / period * (1.0 + SAME_TIME)))
+    per = "" if clock == FLOW else f" in {clock}, h / (1 - momentum),"
     if count == 0 or np.abs(ratios - np.round(ratios)).max() > SAME_TIME * ratios.max():
         raise ValueError(
-            f"dynamics: the step sizes {listed} have no common multiple up to t1 = {t1:g}; choose "
-            "step sizes that are multiples of one another, or a longer t1"
+            f"dynamics: the step sizes {listed}{per} have no common multiple up to t1 = {t1:g}; "
+            "choose step sizes that are multiples of one another, or a longer t1"
         )
     return np.unique(np.round(np.linspace(0, count, save))) * period

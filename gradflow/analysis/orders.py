@@ -26,6 +26,7 @@ from gradflow.analysis.order_runs import (
     label,
 )
 from gradflow.analysis.statistics import check_confidence
+from gradflow.dynamics.effective_time import differ_in_momentum
 from gradflow.network import DeepLinear
 from gradflow.observables import Observable, ObservableSpec, resolve
 from gradflow.problem import Problem
@@ -108,6 +109,11 @@ def orders(
     asked = _resolve(observables, kind)
     pairs = [_coupled(problem, net, first, second, float(step), kind) for step in h]
     _check_pairs(pairs, h, moments)
+    if differ_in_momentum((pairs[0].first, pairs[0].second)):
+        notes.append(
+            "momenta differ, and the dynamics are compared at equal flow time h k; they keep pace "
+            "in effective time h k / (1 - momentum), in which gradflow.compare compares them"
+        )
     random = any(pairs[0].random)
     if random and key is None:
         raise ValueError("key: this measurement is random; pass key=jax.random.key(seed).")

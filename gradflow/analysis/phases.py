@@ -21,6 +21,7 @@ from gradflow.analysis.statistics import (
     trapezoid_weights,
     weighted_line,
 )
+from gradflow.analysis.unmeasured import Unmeasured
 from gradflow.trajectory import Trajectory
 
 DEEPEST = 1e-14
@@ -40,7 +41,8 @@ class Phases:
       error and the window fitted.
     - `regularization_rate`: decay rate of the imbalance from `optimization_end` to the last saved
       time; None if it cannot be measured (see `note`).
-    - `separation`: optimization rate / regularization rate, the ratio of the time scales.
+    - `separation`: optimization rate / regularization rate, the ratio of the time scales; its error
+      means nothing where the regularization rate is not constant (`regularization_rate.constant`).
     - `replicas`: used; `diverged`: left out because they diverged.
     - `reason`: why `optimization_end` is nan; `note`: anything else the reader should know.
     """
@@ -77,12 +79,18 @@ class Phases:
         if self.regularization_rate is not None:
             lines.append(str(self.regularization_rate))
         if np.isfinite(self.separation):
-            error = self.separation_error
-            spread = f" +- {error:.2g}" if np.isfinite(error) else ""
-            lines.append(f"ratio of the time scales {self.separation:.6g}{spread}")
+            lines.append(f"ratio of the time scales {self._shown_separation()}")
         if self.note:
             lines.append(f"note: {self.note}")
         return "\n".join(lines)
+
+    def _shown_separation(self) -> str:
+        """The ratio, with an error only if the two rates are constants."""
+        if self.regularization_rate is not None and not self.regularization_rate.constant:
+            return f"about {self.separation:.2g}: the regularization rate is not constant"
+        error = self.separation_error
+        spread = f" +- {error:.2g}" if np.isfinite(error) else ""
+        return f"{self.separation:.6g}{spread}"
 
 
 def phases(trajectory: Trajectory, eps: float = 0.1, confidence: float = 0.95) -> Phases:
@@ -107,13 +115,14 @@ def phases(trajectory: Trajectory, eps: float = 0.1, confidence: float = 0.95) -
 
     - `trajectory`: the run, with the observables `slaved_deviation` and `slaved_residual` (weight
       decay, no noise in this dynamics), `excess_loss` and `loss_floor` (otherwise), and
-      `imbalance` for the regularization rate.
+      `imbalance` for the regularization rate; those that were not recorded are computed from the
+      weights, where these were stored.
     - `eps`: relative distance from the floor that counts as having reached it.
     - `confidence`: of the intervals.
 
     **Returns:** `Phases`.
 
-    **Raises:** `ValueError` naming the observable that was not recorded.
+    **Raises:** `ValueError` naming the observable that was neither recorded nor can be computed.
     """
     boundary = optimization_end(trajectory, eps, confidence)
     fast = _approach(trajectory, boundary)
@@ -207,7 +216,7 @@ def _no_approach() -> _Approach:
     nan = float("nan")
     note = (
         f"no optimization rate: fewer than {FEWEST_POINTS} saved times lie on the exponential "
-        "approach to the floor; save more times early (spacing='log'), or start further from the "
+        "approach to the floor; save more times early (log spacing), or start further from the "
         "floor"
     )
     return _Approach(nan, nan, (nan, nan), note)
@@ -245,5 +254,7 @@ def _regularization_rate(
     window = (boundary.time, float(trajectory.time[-1]))
     try:
         return decay_rate(trajectory, "imbalance", window, confidence), ""
+    except Unmeasured as trouble:
+        return None, f"no regularization rate: {trouble.fact}"
     except ValueError as trouble:
         return None, f"no regularization rate: {trouble}"

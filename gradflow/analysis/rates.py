@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import stdtrit
 
 from gradflow.analysis.boundary import optimization_end
+from gradflow.analysis.local_rates import LocalRates, local_rates
 from gradflow.analysis.statistics import (
     Paths,
     check_confidence,
@@ -17,6 +17,7 @@ from gradflow.analysis.statistics import (
     trapezoid_weights,
     weighted_line,
 )
+from gradflow.analysis.unmeasured import Unmeasured
 from gradflow.independence import Units
 from gradflow.trajectory import Trajectory
 
@@ -24,10 +25,6 @@ ROUNDING = 4096.0
 """An observable within this many units of rounding of its largest value cannot be fitted."""
 FEWEST_POINTS = 3
 """Saved times that a fit needs: two always lie on a line."""
-CURVED = 1e-3
-"""Level of the test that says that a rate changes within its window."""
-SLIGHT = 0.02
-"""Relative change of a rate within its window that is not worth a note."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,9 @@ class Rate:
       replicas, or of antithetic pairs, that the error is taken over.
     - `per_replica`: one estimate a replica, `(replica,)`; jackknife pseudo-values for `of="mean"`,
       one for each that is independent.
+    - `constant`: False where the rate is seen to change along the window: it is then no number
+      that an error belongs to, and `value` is but its mean. `local`: the rates of thirds of the
+      window.
     - `note`: what the reader should know, such as a window cut short or a rate that changes.
     """
 
@@ -61,17 +61,25 @@ class Rate:
     independent: int
     per_replica: Float[np.ndarray, " replica"]
     note: str = ""
+    constant: bool = True
+    local: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         what = "decay rate" if self.kind == "exponential" else "drift"
+        where = (
+            f"per unit flow time, t = {self.window[0]:.6g} to {self.window[1]:.6g}, "
+            f"{self.replicas} replicas, {self.diverged} diverged"
+        )
+        if not self.constant:
+            text = f"{what} of {self.observable}: not constant, mean {self.value:.4g} {where}"
+            return f"{text}; {self.note}"
         if np.isfinite(self.standard_error):
             spread = f"+- {self.standard_error:.2g} ({self.confidence:.0%} interval"
         else:
             spread = "(one path; over thirds of the window"
         text = (
             f"{what} of {self.observable}: {self.value:.6g} {spread} {self.low:.6g} to "
-            f"{self.high:.6g}) per unit flow time, t = {self.window[0]:.6g} to "
-            f"{self.window[1]:.6g}, {self.replicas} replicas, {self.diverged} diverged"
+            f"{self.high:.6g}) {where}"
         )
         return f"{text}; {self.note}" if self.note else text
 
@@ -117,9 +125,11 @@ def decay_rate(
     values, units = paths.values, paths.units
     if mean:
         if units.count < 2:
-            raise ValueError(
-                f'of="mean" needs two independent replicas (or antithetic pairs) and has '
-                f"{units.count}; simulate more of them"
+            raise Unmeasured(
+                "the rate of a mean needs two independent replicas (or antithetic pairs) and has "
+                f"{units.count}",
+                python='simulate more of them, or leave of="mean" out',
+                spec="give the run more replicas, or the claim of_mean = false",
             )
         whole = units.means(values)
         values = np.concatenate([whole.mean(axis=0)[None], leave_out_means(whole, units.count)])
@@ -134,8 +144,10 @@ def decay_rate(
     rates = -_slopes(time, logs)
     if mean:
         rates = units.count * rates[0] - (units.count - 1) * rates[1:]
-        logs, units = logs[:1], Units(np.ones(units.count, bool))
-    return _summary(paths, units, rates, -1.0, time, logs, "exponential", confidence, note)
+        logs = units.count * logs[0] - (units.count - 1) * logs[1:]
+        units = Units(np.ones(units.count, bool))
+    local = local_rates(time, -logs, 1.0, _noisy_units(trajectory, paths, units))
+    return _summary(paths, units, rates, local, "exponential", time, confidence, note)
 
 
 def drift(
@@ -158,8 +170,9 @@ def drift(
     paths = read_paths(trajectory, observable)
     used = _window_indices(trajectory, paths.time, window)
     time, values = paths.time[used], paths.values[:, used]
-    slopes = _slopes(time, values)
-    return _summary(paths, paths.units, slopes, 1.0, time, values, "linear", confidence, "")
+    slopes, scale = _slopes(time, values), float(np.abs(values).max())
+    local = local_rates(time, values, scale, _noisy_units(trajectory, paths, paths.units))
+    return _summary(paths, paths.units, slopes, local, "linear", time, confidence, "")
 
 
 def _window_indices(
@@ -168,9 +181,10 @@ def _window_indices(
     if window is None:
         boundary = optimization_end(trajectory)
         if not np.isfinite(boundary.time):
-            raise ValueError(
-                f"no end of the optimization phase to start from ({boundary.reason}); pass "
-                "window=(t_start, t_stop)"
+            raise Unmeasured(
+                f"no end of the optimization phase to start from ({boundary.reason})",
+                python="pass window=(t_start, t_stop)",
+                spec="give the claim window = [t_start, t_stop]",
             )
         start, stop = boundary.time, float(time[-1])
     else:
@@ -182,9 +196,12 @@ def _window_indices(
     slack = 1e-9 * abs(float(time[-1]))
     used = np.flatnonzero((time >= start - slack) & (time <= stop + slack))
     if used.size < FEWEST_POINTS:
-        raise ValueError(
+        raise Unmeasured(
             f"window ({start:.6g}, {stop:.6g}) holds {used.size} saved times and a rate needs "
-            f"{FEWEST_POINTS}; widen it within 0 to {time[-1]:.6g}, or save more times"
+            f"{FEWEST_POINTS}",
+            python=f"widen it within 0 to {time[-1]:.6g}, or save more times",
+            spec=f"give the claim window = [t_start, t_stop] within 0 to {time[-1]:.6g}, or the "
+            "run save = { points = ... }",
         )
     return used
 
@@ -200,10 +217,12 @@ def _cut_short(
     whose = "its mean" if mean else "a replica" if not paths.single else "it"
     how = "is within 3 standard errors of 0" if mean else "changes sign or falls to rounding level"
     if bad[0] < FEWEST_POINTS:
-        raise ValueError(
+        raise Unmeasured(
             f"observable {paths.observable!r}: {whose} {how} at t = {at:.6g}, which leaves "
-            f"{bad[0]} of {used.size} saved times of the window; choose an earlier window, or "
-            "drift() for an observable that crosses 0"
+            f"{bad[0]} of {used.size} saved times of the window",
+            python="choose an earlier window, or drift() for an observable that crosses 0",
+            spec="give the claim an earlier window = [t_start, t_stop], or quantity = "
+            '"drift" for an observable that crosses 0',
         )
     return used[: bad[0]], f"window ends before t = {at:.6g}, where {whose} {how}"
 
@@ -214,48 +233,28 @@ def _slopes(
     return weighted_line(time, values, trapezoid_weights(time))[1]
 
 
+def _noisy_units(trajectory: Trajectory, paths: Paths, units: Units) -> Units | None:
+    """The units whose spread is the noise; None where replicas would not differ."""
+    noisy = paths.replicas > 1 or trajectory.dynamics.is_random(trajectory.problem)
+    return units if noisy else None
+
+
 def _summary(
     paths: Paths,
     units: Units,
     rates: Float[np.ndarray, " replica"],
-    sign: float,
-    time: Float[np.ndarray, " time"],
-    values: Float[np.ndarray, "row time"],
+    local: LocalRates,
     kind: str,
+    time: Float[np.ndarray, " time"],
     confidence: float,
     note: str,
 ) -> Rate:
     value, error, low, high = mean_with_error(rates, units, confidence)
     if paths.single:
-        edges = np.linspace(time[0], time[-1], 4)
-        thirds = sign * np.diff(np.interp(edges, time, values[0])) / np.diff(edges)
-        low, high = min(float(thirds.min()), value), max(float(thirds.max()), value)
-    else:
-        note = "; ".join(filter(None, [note, _bend(time, values, units, sign)]))
+        low, high = min(*local.values, value), max(*local.values, value)
+    if not local.constant:
+        note = "; ".join(filter(None, [note, f"the rate is not constant: {local}"]))
     window = (float(time[0]), float(time[-1]))
     counts = (paths.replicas, paths.diverged, time.size, units.count)
     summary = (value, error, low, high, confidence, kind, paths.observable, window)
-    return Rate(*summary, *counts, per_replica=rates, note=note)
-
-
-def _bend(
-    time: Float[np.ndarray, " time"],
-    values: Float[np.ndarray, "row time"],
-    units: Units,
-    sign: float,
-) -> str:
-    """A note if the rate in the second half of the window differs from that in the first."""
-    half = int(np.searchsorted(time, 0.5 * (time[0] + time[-1])))
-    if min(half, time.size - half) < FEWEST_POINTS or len(values) < 2 or units.count < 2:
-        return ""
-    early = sign * _slopes(time[:half], values[:, :half])
-    late = sign * _slopes(time[half:], values[:, half:])
-    change = late - early
-    typical = max(abs(early.mean()), abs(late.mean()))
-    seen = stdtrit(units.count - 1, 1 - CURVED / 2) * units.standard_error(change)
-    if abs(change.mean()) <= max(SLIGHT * typical, seen):
-        return ""
-    return (
-        f"the rate is not constant: {early.mean():.4g} in the first half of the window, "
-        f"{late.mean():.4g} in the second"
-    )
+    return Rate(*summary, *counts, rates, note, local.constant, local.values)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.special import stdtrit
 
+from gradflow.analysis.afterwards import recorded_array
 from gradflow.independence import Units
 from gradflow.trajectory import Trajectory
 
@@ -46,22 +47,22 @@ class Paths:
 
 
 def has(trajectory: Trajectory, observable: str) -> bool:
-    """Whether the observable was recorded."""
-    return observable in trajectory.to_xarray().data_vars
+    """Whether the observable was recorded, or can be computed from stored weights."""
+    try:
+        recorded_array(trajectory, observable)
+    except ValueError:
+        return False
+    return True
 
 
 def recorded(trajectory: Trajectory, observable: str) -> np.ndarray:
-    """The recorded observable with a replica axis, `(replica, time, ...)`, diverged ones included.
+    """The observable with a replica axis, `(replica, time, ...)`, diverged replicas included.
 
-    **Raises:** `ValueError` if it was not recorded.
+    A built-in one that was not recorded is computed from the stored weights.
+
+    **Raises:** `ValueError` if it was not recorded and cannot be computed.
     """
-    if not has(trajectory, observable):
-        names = sorted(str(name) for name in trajectory.to_xarray().data_vars)
-        raise ValueError(
-            f"observable {observable!r} was not recorded (recorded: {', '.join(names)}); "
-            f"add {observable!r} to observables= of simulate"
-        )
-    values = np.asarray(trajectory[observable])
+    values = recorded_array(trajectory, observable).values
     values = values if np.issubdtype(values.dtype, np.floating) else values.astype(float)
     return values[None] if trajectory.replicas is None else values
 

@@ -255,9 +255,8 @@ class SlowFlow(AbstractDynamics):
         end = jnp.where(escaped | (progress.end == End.COLLAPSE), End.DIVERGED, progress.end)
         weights = tuple(jnp.where(end == End.NONE, w, jnp.nan) for w in weights)
         progress = eqx.tree_at(lambda p: p.end, progress, end)
-        return State(
-            weights, _Memory(solver, anchor, memory.cell, before, since), (), state.limit, progress
-        )
+        memory = _Memory(solver, anchor, memory.cell, before, since)
+        return State(weights, memory, (), state.limit, progress=progress)
 
     def velocity(self, problem: Problem, weights: Weights) -> Weights:
         """The expected velocity of one path at weights on the manifold, one array a layer."""

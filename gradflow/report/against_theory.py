@@ -1,6 +1,7 @@
 """Rates of SGD beside what theory, slow flow and SDE say of them, with verdicts."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,8 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from gradflow.analysis.agreement import AGREE, UNDECIDED, decide
-from gradflow.analysis.rates import FEWEST_POINTS, decay_rate
+from gradflow.analysis.local_rates import local_rates
+from gradflow.analysis.rates import FEWEST_POINTS, Rate, decay_rate
 from gradflow.analysis.statistics import read_paths, trapezoid_weights, weighted_line
 from gradflow.report.reading import RunView, run_views
 from gradflow.study.results import StudyResult
@@ -40,13 +42,15 @@ CHANGES = "the rate changes along the run"
 class Measured:
     """A number with its standard error: 0 where it is exact, NaN where it is not known.
 
-    `independent`: over how many replicas, or antithetic pairs, the error is taken.
+    - `independent`: over how many replicas, or antithetic pairs, the error is taken.
+    - `local`: a rate over thirds of its window where it is not constant, else empty.
     """
 
     value: float
     error: float = 0.0
     replicas: int = 1
     independent: int = 1
+    local: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,28 @@ class TheoryRow:
     def label(self) -> str:
         """Returns what people call the regularizer: the group, or the run that has none."""
         return self.view.run.group or self.view.label
+
+
+def compared_rates(result: StudyResult) -> Counter[str]:
+    """Returns how many measured imbalance rates agree with theory, miss it, and so on.
+
+    Every run with a rate and a prediction counts, but slow flows, which are theory themselves: as
+    "agrees", "misses" or "undecided" within the tolerance, or "not constant" where the rate leaves
+    the tolerance somewhere along the run: no number at the start of the phase predicts it.
+    """
+    said = {"agree": "agrees", "differ": "misses", "undecided": "undecided"}
+    counts: Counter[str] = Counter()
+    for view in run_views(result, ()):
+        rate, prediction = view.run.rate, view.run.prediction
+        if rate is None or prediction is None or view.is_slow:
+            continue
+        if not math.isfinite(prediction.imbalance_rate):
+            continue
+        measured, predicted = _of_run(view, rate), Measured(prediction.imbalance_rate)
+        words = [judged(one, predicted).word for one in (measured, *map(Measured, measured.local))]
+        moves = measured.local and set(words) != {"agree"}
+        counts["not constant" if moves else said[words[0]]] += 1
+    return counts
 
 
 def theory_rows(result: StudyResult) -> list[TheoryRow]:
@@ -164,6 +190,10 @@ def _row(descent: RunView | None, others: Sequence[RunView]) -> TheoryRow:
 
     slow: dict[bool, Compared | None] = {True: None, False: None}
     equations = []
+    if view.run.along is not None and prediction is not None and prediction.slow is not None:
+        is_finite = prediction.slow.theory == "finite_step"
+        name = "" if is_finite else "h \u2192 0"
+        slow[is_finite] = compared(name, _of_rate(view.run.along, 0.0), at_start=False)
     for other in others:
         dynamics = other.run.spec.dynamics
         if isinstance(dynamics, SlowFlow):
@@ -207,8 +237,16 @@ def _measured(view: RunView, window: tuple[float, float] | None) -> Measured | N
         rate = decay_rate(trajectory, "imbalance", window)
     except ValueError:
         return None
-    error = 0.0 if rate.replicas == 1 and _is_smooth(view) else rate.standard_error
-    return Measured(rate.value, error, rate.replicas, rate.independent)
+    return _of_run(view, rate)
+
+
+def _of_run(view: RunView, rate: Rate) -> Measured:
+    return _of_rate(rate, 0.0 if rate.replicas == 1 and _is_smooth(view) else rate.standard_error)
+
+
+def _of_rate(rate: Rate, error: float) -> Measured:
+    local = () if rate.constant else rate.local
+    return Measured(rate.value, error, rate.replicas, rate.independent, local)
 
 
 def _is_smooth(view: RunView) -> bool:
@@ -233,7 +271,8 @@ def _followed(
         return None
     logs = PchipInterpolator(path.time, np.log(path.values[0]))(np.minimum(time, path.time[-1]))
     slope = weighted_line(time, logs[None], trapezoid_weights(time))[1]
-    return Measured(-float(slope[0]))
+    local = local_rates(time, -logs[None], 1.0, None)
+    return Measured(-float(slope[0]), local=() if local.constant else local.values)
 
 
 def _changes(view: RunView, whole: Measured, window: tuple[float, float]) -> bool:

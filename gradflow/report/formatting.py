@@ -1,6 +1,7 @@
 """Numbers as text: a value with its error, an interval, a duration."""
 
 import math
+from collections.abc import Sequence
 
 from gradflow.report.style import superscript
 
@@ -41,6 +42,16 @@ def with_error(value: float | None, error: float | None) -> str:
     unit = 10.0**scale
     body = f"{_signed(value / unit, digits)} ± {error / unit:.{digits}f}"
     return f"({body})·10{superscript(scale)}"
+
+
+def not_constant(local: Sequence[float]) -> str:
+    """Writes a rate that changes along its window."""
+    return f"not constant: {arrows(local)}"
+
+
+def arrows(local: Sequence[float]) -> str:
+    """Writes what a rate is in the parts of its window, in order; nothing for none."""
+    return " → ".join(number(value, 3) for value in local)
 
 
 def interval(low: float | None, high: float | None) -> str:

@@ -38,6 +38,7 @@ class _Row:
     high: float
     predicted: float
     reason: str
+    constant: bool = True
 
 
 def draw_rates(result: StudyResult, spec: Rates) -> Drawing:
@@ -75,7 +76,7 @@ def _row_label(view: RunView) -> str:
 def _row(view: RunView, quantity: str) -> _Row:
     """Reads one quantity of one run."""
     phases, rate, prediction = view.run.phases, view.run.rate, view.run.prediction
-    measured = low = high = math.nan
+    measured, low, high, constant = math.nan, math.nan, math.nan, True
     remarks = view.run.notes if phases is None else (phases.reason, phases.note)
     reason = "; ".join(text for text in remarks if text)
     if view.is_slow and quantity != "regularization_rate":
@@ -83,6 +84,8 @@ def _row(view: RunView, quantity: str) -> _Row:
     if quantity == "regularization_rate":
         if rate is not None:
             measured, low, high = rate.value, rate.low, rate.high
+            if not rate.constant:
+                low, high, constant = min(rate.local), max(rate.local), False
         predicted = math.nan if prediction is None else prediction.imbalance_rate
     elif quantity == "optimization_rate":
         if phases is not None:
@@ -93,8 +96,12 @@ def _row(view: RunView, quantity: str) -> _Row:
         if phases is not None:
             measured, error = phases.separation, phases.separation_error
             low, high = measured - _NORMAL_95 * error, measured + _NORMAL_95 * error
+            slow = phases.regularization_rate
+            if slow is not None and not slow.constant and min(slow.local) > 0.0:
+                constant = False
+                low, high = (phases.optimization_rate / f(slow.local) for f in (max, min))
         predicted = math.nan if prediction is None else prediction.separation
-    return _Row(measured, low, high, predicted, reason or "not measured")
+    return _Row(measured, low, high, predicted, reason or "not measured", constant)
 
 
 def _draw_panel(axes: Axes, views: Sequence[RunView], rows: Sequence[_Row]) -> None:
@@ -196,9 +203,19 @@ def _caption(views: Sequence[RunView], table: dict[str, list[_Row]], spec: Rates
         for view, row in zip(views, rows, strict=True)
         if not math.isfinite(row.measured) and _short(row) != row.reason
     }
+    changing = dict.fromkeys(
+        view.label
+        for rows in table.values()
+        for view, row in zip(views, rows, strict=True)
+        if not row.constant
+    )
     return sentence(
         spec.caption or "Measured rates against the predictions of theory, one row for each run.",
         *sorted(cut),
+        f"The rate is not constant along {', '.join(changing)}: there the bar spans thirds of the "
+        "window, and the prediction is that at its start."
+        if changing
+        else "",
         "A dot without a bar comes from one deterministic path." if single else "",
         divergence_note(views),
     )

@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float
 
+from gradflow.dynamics.effective_time import differ_in_momentum, effective_time, momentum_of
 from gradflow.report.style import LineStyle, group_colours, line_style, shaded
 from gradflow.study.results import RunResult, StudyResult
 from gradflow.study.spec import RunSpec
@@ -24,6 +25,8 @@ class RunView:
     """Colour of the regularizer group."""
     style: LineStyle
     """Stroke of the dynamics."""
+    pace: float = 1.0
+    """Flow time per unit of the times of the data set: 1, or 1 - momentum on a common clock."""
 
     @property
     def name(self) -> str:
@@ -65,9 +68,9 @@ class RunView:
 
     @property
     def optimization_end(self) -> float:
-        """Returns the flow time at which the optimization phase ends; NaN when unknown."""
+        """Returns the time at which the optimization phase ends; NaN when unknown."""
         phases = self.run.phases
-        return float("nan") if phases is None else float(phases.optimization_end)
+        return float("nan") if phases is None else float(phases.optimization_end) / self.pace
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,24 @@ def run_views(result: StudyResult, names: Sequence[str]) -> tuple[RunView, ...]:
         for name, run in result.runs.items()
         if not names or name in names
     )
+
+
+def on_common_clock(views: Sequence[RunView]) -> tuple[RunView, ...]:
+    r"""Returns runs whose times can be laid side by side.
+
+    Where momenta differ these are effective times, $h k / (1 - \beta)$, in every run.
+    """
+    if not differ_in_momentum(view.run.trajectory.dynamics for view in views):
+        return tuple(views)
+    return tuple(map(_in_effective_time, views))
+
+
+def _in_effective_time(view: RunView) -> RunView:
+    attrs = {"units": "effective time", "long_name": "effective time h k / (1 \u2212 momentum)"}
+    dynamics = view.run.trajectory.dynamics
+    time = effective_time(dynamics, view.dataset["time"].values)
+    dataset = view.dataset.assign_coords(time=("time", time, attrs))
+    return replace(view, dataset=dataset, pace=1.0 - momentum_of(dynamics))
 
 
 def _group(spec: RunSpec) -> str:

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradflow.analysis.order_results import OrderRow
-from gradflow.report.formatting import MISSING, duration, interval, number, with_error
-from gradflow.report.reading import RunView, run_views
+from gradflow.report.against_theory import compared_rates
+from gradflow.report.formatting import (
+    MISSING,
+    arrows,
+    duration,
+    interval,
+    not_constant,
+    number,
+    with_error,
+)
+from gradflow.report.reading import RunView, on_common_clock, run_views
 from gradflow.study.results import ClaimResult, OrdersResult, StudyResult
 
 
@@ -52,7 +61,7 @@ PHASE_COLUMNS = (
 
 
 def summary(result: StudyResult) -> str:
-    """Returns the study in one sentence: how many of its claims hold."""
+    """Returns the study in one sentence: how many of its claims hold, and rates agree."""
     counts = {
         v: sum(c.verdict == v for c in result.claims) for v in ("holds", "fails", "undecided")
     }
@@ -62,17 +71,34 @@ def summary(result: StudyResult) -> str:
         if total == 0:
             return f"{broken}; no claim was judged."
         return f"{broken}; {counts['holds']} of {total} claims {_verb('holds', counts['holds'])}."
+    rates = _rates(result)
     if total == 0:
-        return "The study makes no claims."
+        return f"The study makes no claims{rates}."
     if counts["holds"] == total:
-        return "The one claim holds." if total == 1 else f"All {total} claims hold."
+        claims = "The one claim holds" if total == 1 else f"All {total} claims hold"
+        return f"{claims}{rates}."
     parts = [f"{counts['holds']} of {total} claims {_verb('holds', counts['holds'])}"]
     if counts["fails"]:
         parts.append(f"{counts['fails']} {_verb('fails', counts['fails'])}")
     if counts["undecided"]:
         verb = "is" if counts["undecided"] == 1 else "are"
         parts.append(f"{counts['undecided']} {verb} undecided")
-    return ", ".join(parts) + "."
+    return f"{', '.join(parts)}{rates}."
+
+
+def _rates(result: StudyResult) -> str:
+    """Returns what became of the rates that theory predicts, as the second half of a sentence."""
+    counts = compared_rates(result)
+    total = counts.total()
+    if total == 0:
+        return ""
+    parts = [f"{counts['agrees']} {_verb('agrees', counts['agrees'])}"]
+    if counts["misses"]:
+        parts.append(f"{counts['misses']} {'misses' if counts['misses'] == 1 else 'miss'}")
+    for word in ("not constant", "undecided"):
+        if counts[word]:
+            parts.append(f"{counts[word]} {'is' if counts[word] == 1 else 'are'} {word}")
+    return f"; of {total} rate{'s' * (total > 1)} compared with theory {', '.join(parts)}"
 
 
 def _verb(singular: str, count: int) -> str:
@@ -83,11 +109,11 @@ _STATUS = {"interrupted": "interrupted", "failed": "broken off by an error"}
 
 
 def tone(result: StudyResult) -> str:
-    """Returns the colour class of the summary; only a complete study without failures is green."""
+    """Returns the colour class of the summary; only a complete study without a miss is green."""
     verdicts = {claim.verdict for claim in result.claims}
     if result.status != "complete" or "fails" in verdicts:
         return "fails"
-    if "undecided" in verdicts:
+    if "undecided" in verdicts or compared_rates(result)["misses"]:
         return "undecided"
     return "holds" if verdicts else "plain"
 
@@ -107,7 +133,7 @@ def _claim_row(claim: ClaimResult, result: StudyResult) -> ClaimRow:
         # an agreement is measured by the largest relative difference of the two runs
         measured = f"{number(100 * claim.measured, 2)}\u00a0% apart"
     else:
-        measured = with_error(claim.measured, claim.measured_error)
+        measured = arrows(claim.parts) or with_error(claim.measured, claim.measured_error)
     if math.isnan(claim.measured):
         measured = MISSING
     return ClaimRow(
@@ -124,7 +150,7 @@ def _claim_row(claim: ClaimResult, result: StudyResult) -> ClaimRow:
 def phase_rows(result: StudyResult) -> list[PhaseRow]:
     """Returns the table of phases and rates: measured values, and predictions below them."""
     rows = []
-    for view in run_views(result, ()):
+    for view in on_common_clock(run_views(result, ())):
         run = view.run
         known = (run.phases, run.rate, run.prediction)
         if all(part is None for part in known) and not view.diverged.any():
@@ -138,6 +164,11 @@ def phase_rows(result: StudyResult) -> list[PhaseRow]:
 def _predicted(value: float | None) -> str:
     missing = value is None or math.isnan(value)
     return "" if missing else f"predicted {number(value)}"
+
+
+def _effective(view: RunView, value: float) -> str:
+    """Returns a number of a run with momentum on the clock that it shares with the others."""
+    return f"in effective time {number(value)}" if view.pace != 1.0 else ""
 
 
 def _cell(value: str, *below: str) -> Cell:
@@ -154,7 +185,7 @@ def _end(view: RunView) -> Cell:
         bracket = interval(phases.low, phases.high)
         bracket = "" if bracket == MISSING else f"in {bracket}"
     end = with_error(phases.optimization_end, phases.standard_error)
-    return _cell(end, bracket, predicted)
+    return _cell(end, bracket, predicted, _effective(view, phases.optimization_end / view.pace))
 
 
 def _optimization_rate(view: RunView) -> Cell:
@@ -162,7 +193,9 @@ def _optimization_rate(view: RunView) -> Cell:
     predicted = _predicted(None if prediction is None else prediction.optimization_rate)
     if phases is None:
         return _cell(MISSING, predicted)
-    return _cell(with_error(phases.optimization_rate, phases.optimization_rate_error), predicted)
+    rate = phases.optimization_rate
+    measured = with_error(rate, phases.optimization_rate_error)
+    return _cell(measured, predicted, _effective(view, rate * view.pace))
 
 
 def _decay(view: RunView) -> Cell:
@@ -170,9 +203,17 @@ def _decay(view: RunView) -> Cell:
     predicted = _predicted(None if prediction is None else prediction.imbalance_rate)
     if rate is None:
         return _cell(MISSING, predicted)
+    if not rate.constant:
+        along = view.run.along
+        followed = "" if along is None else f"slow flow along the run {number(along.value)}"
+        mean = f"mean {number(rate.value)}"
+        at_start = f"{predicted} at its start" if predicted else ""
+        below = mean, followed, at_start, _effective(view, rate.value * view.pace)
+        return _cell(not_constant(rate.local), *below)
     bounds = interval(rate.low, rate.high)
     bounds = "" if bounds == MISSING else f"{100 * rate.confidence:g}\u00a0% {bounds}"
-    return _cell(with_error(rate.value, rate.standard_error), bounds, predicted)
+    measured = with_error(rate.value, rate.standard_error)
+    return _cell(measured, bounds, predicted, _effective(view, rate.value * view.pace))
 
 
 def _separation(view: RunView) -> Cell:
@@ -180,6 +221,11 @@ def _separation(view: RunView) -> Cell:
     predicted = _predicted(None if prediction is None else prediction.separation)
     if phases is None:
         return _cell(MISSING, predicted)
+    rate = phases.regularization_rate
+    if rate is not None and not rate.constant:
+        return _cell(
+            f"about {number(phases.separation, 2)}", "of a rate that is not constant", predicted
+        )
     return _cell(with_error(phases.separation, phases.separation_error), predicted)
 
 

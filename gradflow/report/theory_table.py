@@ -1,7 +1,7 @@
 """The table of rates: predictions, slow flow, SDE and SGD of every regularizer, with verdicts."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradflow.report.against_theory import (
     CHANGES,
@@ -11,7 +11,7 @@ from gradflow.report.against_theory import (
     Verdict,
     theory_rows,
 )
-from gradflow.report.formatting import number, with_error
+from gradflow.report.formatting import arrows, not_constant, number, with_error
 from gradflow.study.results import StudyResult
 
 
@@ -63,7 +63,7 @@ def _theory_line(row: TheoryRow, is_shared: bool) -> TheoryLine:
     cells = (
         _entries(row.leading_order),
         _entries(row.finite_step),
-        _entries(row.slow_flow, row.classical_flow),
+        _followed(row.slow_flow, row.classical_flow),
         _entries(*row.stochastic_flows),
         measured,
     )
@@ -75,8 +75,19 @@ def _entries(*found: Compared | None) -> tuple[TheoryEntry, ...]:
     return tuple(_entry(one.number, one.name, one.verdict) for one in found if one is not None)
 
 
+def _followed(*found: Compared | None) -> tuple[TheoryEntry, ...]:
+    """Writes slow flows: their rates over the run, and below how these change along it."""
+    entries = []
+    for one in (one for one in found if one is not None):
+        entry = _entry(replace(one.number, local=()), one.name, one.verdict)
+        along = arrows(one.number.local)
+        entries.append(replace(entry, said=tuple(filter(None, (along, *entry.said)))))
+    return tuple(entries)
+
+
 def _entry(value: Measured, name: str = "", verdict: Verdict | None = None) -> TheoryEntry:
     text = with_error(value.value, value.error) if value.error > 0.0 else number(value.value)
+    text = not_constant(value.local) if value.local else text
     if verdict is None:
         return TheoryEntry(name, text)
     if verdict.reason == CHANGES:

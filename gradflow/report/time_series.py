@@ -22,7 +22,14 @@ from gradflow.report.drawing import (
     sentence,
 )
 from gradflow.report.formatting import number
-from gradflow.report.reading import RunView, Series, run_views, series, time_label
+from gradflow.report.reading import (
+    RunView,
+    Series,
+    on_common_clock,
+    run_views,
+    series,
+    time_label,
+)
 from gradflow.report.style import MUTED, axis_label, log_axis, new_figure, shaded
 from gradflow.study.results import StudyResult
 from gradflow.study.spec import TimeSeries
@@ -45,9 +52,9 @@ def draw_time_series(result: StudyResult, spec: TimeSeries) -> Drawing:
     groups and strokes are dynamics. A thin line of the same colour is the loss floor, where the
     excess loss has one, and a dashed one the least sharpness of all minima. The optimization phase
     is shaded, its end marked on every line. Slow flows are not in panels of observables that are 0
-    on the minima.
+    on the minima. Runs with different momenta are drawn in effective time.
     """
-    views = run_views(result, spec.runs)
+    views = on_common_clock(run_views(result, spec.runs))
     shown = [_shown(views, name) for name in spec.observables]
     scales = [spec.y_scale] if isinstance(spec.y_scale, str) else list(spec.y_scale)
     if len(scales) not in (1, len(spec.observables)):
@@ -300,7 +307,11 @@ def _caption(
     names = " and ".join(panel[0].long_name for panel in data)
     start = spec.x_scale == "log" and any(s.time[0] == 0 for panel in data for s in panel)
     return sentence(
-        spec.caption or f"{names[0].upper()}{names[1:]} against flow time.",
+        spec.caption or f"{names[0].upper()}{names[1:]} against {_clock(views)}.",
+        "Momenta differ, so the times of all runs are effective: those of steps of size "
+        "h / (1 \u2212 momentum)."
+        if _is_effective(views)
+        else "",
         "Lines are replica means." if any(view.replicas > 1 for view in views) else "",
         "Thin lines are the plateau that theory predicts for the excess loss in the "
         "regularization phase."
@@ -315,6 +326,14 @@ def _caption(
         *notes,
         divergence_note(views),
     )
+
+
+def _clock(views: Sequence[RunView]) -> str:
+    return "effective time" if _is_effective(views) else "flow time"
+
+
+def _is_effective(views: Sequence[RunView]) -> bool:
+    return any(view.pace != 1.0 for view in views)
 
 
 def _slow_note(views: Sequence[RunView], spec: TimeSeries) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from gradflow.analysis.unmeasured import in_spec
 from gradflow.study.measurement import Measurement
 from gradflow.study.measures import MEASURES
 from gradflow.study.order_measures import measure_order
@@ -32,10 +34,10 @@ def judge(
 ) -> ClaimResult:
     """Measure what a claim is about and compare it with what the claim says.
 
-    A claim fails when the value cannot be measured (but is undecided when it is an order that
-    cannot be resolved), and is undecided when the comparison cannot
-    tell: an expected value that theory does not give, a missing standard error, or one so large
-    that nearly every outcome would pass.
+    A claim is undecided when the value cannot be measured (an observable that is missing or not
+    finite, a phase that is not reached, a run that diverged or did not end, a rate that is not
+    constant), and when the comparison cannot tell: an expected value that theory does not give, a
+    missing standard error, or one so large that nearly every outcome would pass.
     """
     tables = orders or {}
     results: Mapping[str, RunResult | OrdersResult] = runs if claim.orders is None else tables
@@ -50,9 +52,8 @@ def judge(
         else:
             measurement = MEASURES[claim.quantity](claim, [runs[name] for name in names])
     except ValueError as error:
-        # An order that cannot be read says nothing about the one that is claimed.
-        verdict: Verdict = "fails" if claim.orders is None else "undecided"
-        return _result(claim, Measurement(math.nan), claim.expected, verdict, str(error))
+        # What was not measured says nothing about what is claimed.
+        return _result(claim, Measurement(math.nan), claim.expected, "undecided", in_spec(error))
     if QUANTITIES[claim.quantity].words:
         return _judge_word(claim, measurement)
     if claim.expected == "predicted":
@@ -61,9 +62,9 @@ def judge(
             notes = [note for name in claim.run_names for note in _why(runs[name])]
             reason = "; ".join([reason, *notes])
             return _result(claim, measurement, math.nan, "undecided", reason)
-        return _judge_number(claim, measurement, measurement.predicted)
+        return _judge_parts(claim, measurement, measurement.predicted)
     expected = None if claim.expected is None else float(claim.expected)
-    return _judge_number(claim, measurement, expected)
+    return _judge_parts(claim, measurement, expected)
 
 
 def rule(claim: ClaimSpec) -> str:
@@ -108,12 +109,29 @@ def _why(run: RunResult) -> list[str]:
     return [note for note in run.notes if note.startswith("prediction:")]
 
 
+def _judge_parts(claim: ClaimSpec, measurement: Measurement, expected: float | None) -> ClaimResult:
+    """The verdict on a number, undecided if it is none: if its parts deserve different ones."""
+    whole = _judge_number(claim, measurement, expected)
+    apart = [replace(measurement, value=value, parts=()) for value in measurement.parts]
+    if all(_judge_number(claim, part, expected).verdict == whole.verdict for part in apart):
+        return whole
+    listed = " → ".join(f"{value:.4g}" for value in measurement.parts)
+    reason = (
+        f"{claim.quantity} is not one number but {listed} over the window; narrow it with "
+        "window = [t_start, t_stop], or compare with a run of kind SlowFlow, which follows the "
+        'change (quantity = "displacement_ratio")'
+    )
+    return _result(claim, measurement, expected, "undecided", reason)
+
+
 def _judge_number(
     claim: ClaimSpec, measurement: Measurement, expected: float | None
 ) -> ClaimResult:
     value, error = measurement.value, measurement.error
     if not math.isfinite(value):
-        return _result(claim, measurement, expected, "fails", f"the measured value is {value}")
+        hint = "" if measurement.detail else "; choose an observable or a window with finite values"
+        reason = f"the measured value is {value}{hint}"
+        return _result(claim, measurement, expected, "undecided", reason)
     noise = 0.0
     if claim.standard_errors is not None:
         if error is None or not math.isfinite(error):
@@ -163,9 +181,10 @@ def _result(
         quantity=claim.quantity,
         runs=tuple(claim.run_names) if claim.orders is None else (claim.orders,),
         measured=measurement.value,
-        measured_error=measurement.error,
+        measured_error=None if measurement.parts else measurement.error,
         expected=expected,
         rule=rule(claim),
         verdict=verdict,
         detail="; ".join(part for part in (reason, measurement.detail) if part),
+        parts=measurement.parts,
     )

@@ -31,6 +31,7 @@ class Measurement:
         predicted: what theory says, None where it says nothing.
         word: the value of a quantity that is a word.
         detail: how it was measured, for people.
+        parts: what it is in parts of its window, where these differ: then it is not one number.
     """
 
     value: float
@@ -38,6 +39,7 @@ class Measurement:
     predicted: float | None = None
     word: str = ""
     detail: str = ""
+    parts: tuple[float, ...] = ()
 
 
 Measure = Callable[[ClaimSpec, Sequence[RunResult]], Measurement]

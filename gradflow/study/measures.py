@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -55,6 +56,7 @@ def rate(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
         known(measured.standard_error),
         predicted if observable == "imbalance" else None,
         detail=_fitted(measured),
+        parts=_parts(measured),
     )
 
 
@@ -70,7 +72,12 @@ def slope(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
         known(measured.standard_error),
         predicted if observable == "imbalance" else None,
         detail=_fitted(measured),
+        parts=_parts(measured),
     )
+
+
+def _parts(measured: Rate) -> tuple[float, ...]:
+    return () if measured.constant else measured.local
 
 
 def _predicted(claim: ClaimSpec, run: RunResult, field: str) -> float | None:
@@ -111,7 +118,13 @@ def optimization_rate(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measuremen
 @measures("separation")
 def separation(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Optimization rate over regularization rate."""
-    return _phase(claim, runs, "separation", "separation_error")
+    measured = _phase(claim, runs, "separation", "separation_error")
+    phases = runs[0].phases
+    rate = None if phases is None else phases.regularization_rate
+    if phases is None or rate is None or rate.constant or 0.0 in rate.local:
+        return measured
+    ratios = tuple(phases.optimization_rate / value for value in rate.local)
+    return replace(measured, detail=measured.detail or rate.note, parts=ratios)
 
 
 def _phase(claim: ClaimSpec, runs: Sequence[RunResult], value: str, error: str) -> Measurement:
@@ -122,7 +135,7 @@ def _phase(claim: ClaimSpec, runs: Sequence[RunResult], value: str, error: str) 
         float(getattr(run.phases, value)),
         known(getattr(run.phases, error)),
         _predicted(claim, run, value),
-        detail=run.phases.reason,
+        detail=run.phases.reason or run.phases.note,
     )
 
 
@@ -206,7 +219,10 @@ def displacement_ratio(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measureme
     own, other = first.trajectory.time, second.trajectory.time
     window = _phase_window(claim, first)
     if window is None:
-        raise ValueError(f'run "{first.name}" has no end of its optimization phase; give window')
+        raise ValueError(
+            f'run "{first.name}" has no end of its optimization phase; give the claim '
+            "window = [t_start, t_stop]"
+        )
     low, high = window
     inside = own[(own >= max(low, other[0])) & (own <= min(high, other[-1] * (1 + ROUNDING)))]
     if inside.size < 2:
@@ -294,7 +310,10 @@ def predicted_ratio(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
         raise ValueError(f"theory gives no prediction of {claim.of} for this run")
     error = None if inner.error is None else inner.error / abs(inner.predicted)
     detail = f"{inner.value:.6g} over {inner.predicted:.6g}"
-    return Measurement(inner.value / inner.predicted, error, detail=detail)
+    parts = tuple(value / inner.predicted for value in inner.parts)
+    if parts:
+        detail = f"{detail}; {inner.detail}"
+    return Measurement(inner.value / inner.predicted, error, detail=detail, parts=parts)
 
 
 @measures("exponent")

@@ -31,6 +31,8 @@ class RunResult:
         rate: decay rate of the imbalance in the regularization phase, None where it cannot be
             measured.
         prediction: what theory predicts for the run, None where it predicts nothing.
+        along: what the slow flow predicts over the times of `rate`; only where that is not
+            constant.
         notes: remarks for people, such as replicas that diverged.
     """
 
@@ -43,6 +45,7 @@ class RunResult:
     rate: Rate | None = None
     prediction: Prediction | None = None
     notes: tuple[str, ...] = ()
+    along: Rate | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -86,8 +89,11 @@ class ClaimResult:
         measured_error: its standard error, None where there is none.
         expected: the value it is compared with, None for a bound, a word for an agreement.
         rule: the check in words, such as "within 3 standard errors".
-        verdict: "undecided" when the error is too large to tell; it counts as not holding.
+        verdict: "undecided" when the value was not measured or the error is too large to tell;
+            it counts as not holding.
         detail: why, for people.
+        parts: what it is in thirds of the window, where it is not constant over it; `measured` is
+            then but the mean, and has no error.
     """
 
     sentence: str
@@ -99,6 +105,7 @@ class ClaimResult:
     rule: str
     verdict: Verdict
     detail: str = ""
+    parts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gradflow.analysis.along import rate_along
 from gradflow.analysis.orders import orders as measure_orders
 from gradflow.analysis.phases import phases
 from gradflow.analysis.predict import predict
 from gradflow.analysis.rates import decay_rate
+from gradflow.analysis.unmeasured import in_spec
 from gradflow.divergence import DivergedWarning
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.simulate import InterruptedWarning, simulate
@@ -214,7 +216,8 @@ class _Execution:
                 whole = float(trajectory.time[0]), float(trajectory.time[-1])
                 rate = _attempt(lambda: decay_rate(trajectory, window=whole), "rate", notes)
         else:
-            measured = _attempt(lambda: phases(trajectory, eps=self.eps), "phases", notes)
+            lean = _without_weights(trajectory)
+            measured = _attempt(lambda: phases(lean, eps=self.eps), "phases", notes)
             rate = measured.regularization_rate if measured else None
         predicted = None
         if run.regularizers or run.name in self.predicted:
@@ -225,16 +228,33 @@ class _Execution:
                 "prediction",
                 notes,
             )
+        along = None
+        if rate and predicted and not rate.constant and predicted.slow:
+            law, fitted = predicted, rate
+            along = _attempt(lambda: rate_along(law, fitted, trajectory.time), "slow flow", notes)
         return replace(
             result,
             phases=measured,
             rate=rate,
             prediction=predicted,
+            along=along,
             notes=tuple(notes),
         )
 
     def _keep_warning(self, message: str) -> None:
         self.warnings.setdefault(threading.get_ident(), []).append(message)
+
+
+def _without_weights(trajectory: Trajectory) -> Trajectory:
+    """What the spec says to record: what it leaves out may take longer to compute than the run."""
+    dataset = trajectory.to_xarray()
+    layers = [f"W{i}" for i in range(1, trajectory.start[0].depth + 1)]
+    return Trajectory(
+        dataset.drop_vars(layers, errors="ignore"),
+        trajectory.problem,
+        trajectory.dynamics,
+        trajectory.start,
+    )
 
 
 def _compile(prepared: PreparedRun) -> None:
@@ -267,7 +287,7 @@ def _attempt(compute: Callable[[], _T], what: str, notes: list[str]) -> _T | Non
     try:
         return compute()
     except ValueError as error:
-        notes.append(f"{what}: {error}")
+        notes.append(f"{what}: {in_spec(error)}")
         return None
 
 

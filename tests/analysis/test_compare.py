@@ -293,3 +293,88 @@ def test_real_dynamics_on_one_problem():
     assert twice.rows[-1].difference != 0.0
     with pytest.raises(ValueError, match="two or more; got 1"):
         compare(problem, net, dynamics[:1], t1=1.0, replicas=2, key=jax.random.key(0))
+
+
+PLAIN = gf.Problem(gf.Regression.whitened(target=[[1.0]]))
+SCALARS = gf.DeepLinear([np.array([[2.0]]), np.array([[0.1]])])
+
+
+def test_deterministic_dynamics_need_no_replicas_and_own_observables_are_taken():
+    def ratio(net, problem):
+        return net.weights[1][0, 0] / net.weights[0][0, 0]
+
+    found = compare(
+        PLAIN,
+        SCALARS,
+        [gf.GradientFlow(), gf.GradientDescent(1e-3)],
+        t1=1.0,
+        save=3,
+        observables={"loss": None, "ratio": ratio},
+    )
+    assert [v.observable for v in found.verdicts] == ["loss", "ratio"]
+    assert found.replicas == {"GradientFlow": 1, "GradientDescent": 1}
+    last = found.rows[-1]
+    # w1^2 - w2^2 stays 3.99 along the flow, and w1 w2 has come to 1 within 1e-3.
+    p = 1.0
+    u = np.sqrt(3.99**2 + 4 * p**2)
+    assert last.mean_first == pytest.approx(np.sqrt((u - 3.99) / (u + 3.99)), rel=0.02)
+    assert found.agree
+    noisy = gf.Problem(PLAIN.data, [gf.LabelNoise(0.5)])
+    for keys, missing in (({}, "replicas"), ({"replicas": 4}, "key")):
+        with pytest.raises(ValueError, match=f"^{missing}: GradientDescent is random on this"):
+            compare(noisy, SCALARS, [gf.GradientFlow(), gf.GradientDescent(0.1)], t1=1.0, **keys)
+
+
+def test_momentum_beside_an_sde_is_compared_in_effective_time():
+    # Heavy ball of step h is, per step, an SDE of step h / (1 - beta).
+    problem = gf.Problem(PLAIN.data, [gf.LabelNoise(0.5)])
+    found = compare(
+        problem,
+        SCALARS,
+        {"ball": gf.GradientDescent(0.01, 0.9), "sde": gf.StochasticFlow(0.1)},
+        t1=40.0,
+        replicas=256,
+        key=jax.random.key(0),
+        save=5,
+        observables=["imbalance"],
+    )
+    assert found.clock == "effective time"
+    assert found.momenta == {"ball": pytest.approx(0.9), "sde": 0.0}
+    assert [row.time for row in found.rows] == pytest.approx([0.0, 10.0, 20.0, 30.0, 40.0])
+    # Its start-up takes the ball to a neighbouring minimum; from there both keep pace.
+    assert max(abs(row.relative) for row in found.rows) < 0.25
+    ball, sde = (
+        np.log(getattr(found.rows[1], f"mean_{which}") / getattr(found.rows[4], f"mean_{which}"))
+        for which in ("first", "second")
+    )
+    assert ball == pytest.approx(sde, rel=0.1)
+    text = str(found)
+    assert (
+        "momenta differ, so times are effective, h k / (1 - momentum): 0.9 (ball), 0 (sde)" in text
+    )
+    assert "effective time" in text and "flow time" not in text
+
+
+def test_heavy_ball_of_small_steps_keeps_pace_with_gradient_flow():
+    dynamics = [gf.GradientFlow(), gf.GradientDescent(1e-3, 0.9), gf.HeavyBallFlow(1e-3, 0.9)]
+    found = compare(PLAIN, SCALARS, dynamics, t1=2.0, save=3, observables=["end_to_end"])
+    assert found.clock == "effective time" and found.agree
+    # The same momentum throughout: flow time, as ever.
+    same = compare(PLAIN, SCALARS, dynamics[1:], t1=0.2, save=3, observables=["end_to_end"])
+    assert same.clock == "flow time" and same.agree and "flow time" in str(same)
+
+
+def test_trajectories_with_different_momenta_are_matched_in_effective_time(make_run):
+    x = np.exp(-TIME)
+    plain = make_run(TIME, {"loss": x}, **FLOW)
+    ball = make_run(TIME / 2, {"loss": x}, [], gf.HeavyBallFlow(0.1, 0.5))
+    found = compare_trajectories({"plain": plain, "ball": ball}, ["loss"])
+    assert found.agree and found.momenta == {"plain": 0.0, "ball": 0.5}
+    with pytest.raises(
+        ValueError, match=r"'plain' was not saved at effective time h k / \(1 - momentum\) = 6"
+    ):
+        compare_trajectories(
+            {"plain": plain, "ball": make_run(TIME, {"loss": x}, [], gf.HeavyBallFlow(0.1, 0.5))},
+            ["loss"],
+            times=[6.0],
+        )

@@ -106,6 +106,15 @@ def test_differences_below_the_tolerance_are_not_fitted():
         found.order()
 
 
+def test_different_momenta_do_not_keep_pace_in_flow_time_and_the_table_says_so():
+    steps = [0.1, 0.05, 0.025]
+    first, second = GradientDescent(0.1, 0.5), gf.HeavyBallFlow(0.1, 0.5)
+    apart = orders(QUIET, NET, first, GradientFlow(), steps, t1=0.2, observables=["loss"])
+    assert any("keep pace in effective time h k / (1 - momentum)" in note for note in apart.notes)
+    together = orders(QUIET, NET, first, second, steps, t1=0.2, observables=["loss"])
+    assert not any("momenta" in note for note in together.notes)
+
+
 def test_the_largest_difference_over_times():
     times = [0.5, 1.0, 1.5]
     found = orders(

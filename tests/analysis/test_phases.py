@@ -9,6 +9,7 @@ from scipy.integrate import solve_ivp
 import gradflow as gf
 from gradflow.analysis.boundary import optimization_end
 from gradflow.analysis.phases import phases
+from gradflow.analysis.statistics import recorded
 
 TIME = np.linspace(0.0, 20.0, 201)
 LOG_TIME = np.concatenate([[0.0], np.geomspace(0.05, 200.0, 150)])
@@ -299,3 +300,72 @@ def test_a_real_run_of_sgd_with_label_noise():
     assert abs(found.optimization_rate - 4.6) < 3.0 * found.optimization_rate_error + 0.3
     assert found.separation == pytest.approx(found.optimization_rate / rate.value)
     assert "ratio of the time scales" in str(found)
+
+
+LABEL_NOISE = gf.Problem(gf.Regression.whitened(target=[[1.0]]), [gf.LabelNoise(0.5)])
+SCALARS = gf.DeepLinear([np.array([[2.0]]), np.array([[0.1]])])
+
+
+@pytest.mark.parametrize(
+    ("problem", "dynamics", "names"),
+    [
+        (LABEL_NOISE, gf.GradientDescent(0.02), ["excess_loss", "loss_floor", "imbalance"]),
+        (
+            gf.Problem(LABEL_NOISE.data, [gf.WeightDecay(0.05)]),
+            gf.GradientFlow(),
+            ["slaved_deviation", "slaved_residual", "loss_floor", "imbalance"],
+        ),
+    ],
+    ids=["noise", "decay"],
+)
+def test_what_was_not_recorded_is_computed_from_the_stored_weights(problem, dynamics, names):
+    noisy = dynamics.is_random(problem)
+    keys = {"t1": 10.0, "save": 60, "spacing": "log", "progress": False}
+    keys |= {"replicas": 8, "key": jax.random.key(3)} if noisy else {}
+    default = gf.simulate(problem, SCALARS, dynamics, **keys)
+    asked = gf.simulate(problem, SCALARS, dynamics, **keys, observables=names)
+    found, expected = phases(default, eps=0.5), phases(asked, eps=0.5)
+    for field in ("optimization_end", "optimization_rate", "floor", "separation"):
+        assert getattr(found, field) == pytest.approx(getattr(expected, field), rel=1e-9)
+    assert np.isfinite(found.floor)
+    for name in names:
+        values = recorded(default, name)
+        np.testing.assert_allclose(values, recorded(asked, name), rtol=1e-10, atol=1e-14)
+    bare = gf.simulate(problem, SCALARS, dynamics, **keys, store_weights=False)
+    missing = "loss_floor" if noisy else "slaved_residual"
+    with pytest.raises(ValueError, match=f"{missing}.* was not recorded .*store_weights=True"):
+        phases(bare)
+
+
+def test_arrays_are_computed_afterwards_and_stay_nan_where_a_replica_diverged():
+    run = gf.simulate(
+        gf.Problem(LABEL_NOISE.data),
+        [SCALARS, gf.DeepLinear([np.array([[30.0]]), np.array([[0.1]])])],
+        gf.GradientDescent(0.05),
+        steps=40,
+        save=5,
+        observables=["loss"],
+        store_weights=True,
+        progress=False,
+    )
+    norms = recorded(run, "squared_norms")
+    assert norms.shape == (2, 5, 2)
+    stored = np.stack([w[..., 0, 0] ** 2 for w in run.weights], axis=-1)
+    np.testing.assert_allclose(norms[0], stored[0], rtol=1e-12)
+    assert run.diverged.tolist() == [False, True]
+    assert np.isnan(norms[1, -1]).all()
+    with pytest.raises(ValueError, match=r"'mine' was not recorded .* add 'mine' to observables="):
+        recorded(run, "mine")
+
+
+def test_a_phase_whose_rate_changes_says_so_and_gives_the_ratio_no_error(make_run):
+    variables = {
+        "slaved_deviation": 3.0 * np.exp(-2.0 * TIME),
+        "slaved_residual": np.full_like(TIME, 0.05),
+        "imbalance": np.exp(-0.1 * TIME - 0.005 * TIME**2),
+    }
+    found = phases(make_run(TIME, variables, **DECAY))
+    assert found.regularization_rate is not None
+    assert not found.regularization_rate.constant
+    assert "decay rate of imbalance: not constant" in str(found)
+    assert "the regularization rate is not constant" in str(found)

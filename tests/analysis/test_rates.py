@@ -5,11 +5,14 @@ import pytest
 from scipy import integrate, stats
 
 import gradflow as gf
+from gradflow.analysis.along import rate_along
 from gradflow.analysis.rates import decay_rate, drift
 from gradflow.analysis.statistics import trapezoid_weights
 
 TIME = np.linspace(0.0, 10.0, 41)
 LOG_TIME = np.concatenate([[0.0], np.geomspace(1e-3, 10.0, 60)])
+DATA_OF_ONE = gf.Regression.whitened(target=[[1.0]])
+NET_OF_ONE = gf.DeepLinear([np.array([[2.0]]), np.array([[0.5]])])
 
 
 def brownian(rng, replicas, time):
@@ -230,3 +233,101 @@ def test_values_that_cannot_be_fitted_are_named(make_run):
     x[4] = np.inf
     with pytest.raises(ValueError, match="is inf at t = 1 on a replica that did not diverge"):
         decay_rate(make_run(TIME, {"imbalance": x}), window=(0.0, 5.0))
+
+
+def silent(make_run, time, **variables):
+    """A path of a dynamics without noise."""
+    return make_run(time, variables, dynamics=gf.GradientFlow())
+
+
+def test_a_noise_free_rate_that_changes_is_not_printed_as_a_number_with_an_error(make_run):
+    # log x = -t^2/2: rate t, so the thirds of (1, 4) have the rates 1.5, 2.5 and 3.5.
+    time = np.linspace(0.0, 5.0, 501)
+    rate = decay_rate(silent(make_run, time, imbalance=np.exp(-0.5 * time**2)), window=(1.0, 4.0))
+    assert not rate.constant
+    assert rate.local == pytest.approx((1.5, 2.5, 3.5), rel=1e-3)
+    assert "decay rate of imbalance: not constant, mean 2.5 per unit flow time" in str(rate)
+    assert "1.5 → 2.5 → 3.5" in str(rate)
+    assert "+-" not in str(rate)
+    straight = decay_rate(silent(make_run, time, imbalance=np.exp(-0.5 * time)), window=(1.0, 4.0))
+    assert straight.constant and straight.note == ""
+    assert straight.local == pytest.approx((0.5, 0.5, 0.5), rel=1e-9)
+
+
+def test_a_rate_that_rises_and_falls_again_is_not_constant(make_run):
+    # Both halves of the window have the same mean rate; only the middle third is slower.
+    time = np.linspace(-1.0, 1.0, 301) + 1.0
+    logs = -(time - 1.0) - 0.3 * (time - 1.0) ** 3
+    rate = decay_rate(silent(make_run, time, imbalance=np.exp(logs)), window=(0.0, 2.0))
+    assert not rate.constant
+    # The least-squares slope of u^3 over (a, b), by numpy.
+    middle = np.polyfit(np.linspace(-1 / 3, 1 / 3, 101), np.linspace(-1 / 3, 1 / 3, 101) ** 3, 1)[0]
+    assert rate.local[1] == pytest.approx(1.0 + 0.3 * middle, rel=1e-3)
+    assert rate.local[0] == pytest.approx(rate.local[2], rel=1e-9)
+
+
+def test_three_saved_times_are_enough_to_see_a_change(make_run):
+    time = np.array([0.0, 1.0, 2.0])
+    rate = decay_rate(
+        silent(make_run, time, imbalance=np.exp([0.0, -1.0, -1.5])), window=(0.0, 2.0)
+    )
+    assert rate.local == pytest.approx((1.0, 0.5), rel=1e-9)
+    assert not rate.constant
+
+
+def test_what_stays_as_it_is_up_to_rounding_has_a_constant_rate(make_run):
+    noise = 1e-9 * np.random.default_rng(8).standard_normal(TIME.size)
+    run = silent(make_run, TIME, imbalance=3.0 * (1.0 + noise))
+    assert decay_rate(run, window=(0.0, 10.0)).constant
+    assert drift(run, window=(0.0, 10.0)).constant
+
+
+def test_a_single_noisy_path_cannot_tell(make_run):
+    rng = np.random.default_rng(9)
+    run = make_run(TIME, {"imbalance": geometric(rng, 1, TIME, 0.2, 0.3)[0]})
+    rate = decay_rate(run, window=(0.0, 10.0))
+    assert rate.constant and "one path; over thirds of the window" in str(rate)
+    assert max(rate.local) - min(rate.local) > 0.02 * max(map(abs, rate.local))
+
+
+@pytest.mark.parametrize("of", ["replica", "mean"])
+def test_a_change_is_seen_and_none_is_invented(make_run, of):
+    rng, trials = np.random.default_rng(10), 200
+    time = np.linspace(0.0, 4.0, 13)
+    said = {0.0: 0, 0.1: 0}
+    for bend in said:
+        for _ in range(trials):
+            x = geometric(rng, 24, time, 0.5, 0.05) * np.exp(-bend * time**2 / 2)
+            said[bend] += not decay_rate(
+                make_run(time, {"imbalance": x}), "imbalance", (0.0, 4.0), of=of
+            ).constant
+    assert said[0.0] <= stats.binom.isf(1e-4, trials, 1e-3)
+    # The rates of the first and the last third are 8/30 apart, their difference known to 0.02.
+    assert said[0.1] == trials
+
+
+def test_a_drift_that_changes_is_not_constant(make_run):
+    time = np.linspace(0.0, 3.0, 301)
+    path = drift(silent(make_run, time, imbalance=time**2), window=(0.0, 3.0))
+    assert not path.constant
+    assert path.local == pytest.approx((1.0, 3.0, 5.0), rel=1e-3)
+    assert str(path).startswith("drift of imbalance: not constant, mean 3 per unit flow time")
+
+
+def test_the_slow_flow_is_followed_where_the_rate_changes(make_run):
+    # Label noise on a scalar network: D' = -h s^2 2/(2 - h lam) D, lam = sqrt(D^2 + 4).
+    h, s = 0.3, 0.1
+    predicted = gf.predict(gf.Problem(DATA_OF_ONE, [gf.LabelNoise(s)]), NET_OF_ONE, h)
+    start = float(predicted.at(0.0).imbalance)
+
+    def decay(t, d):
+        return -h * s**2 * 2.0 / (2.0 - h * np.sqrt(d**2 + 4.0)) * d
+
+    time = np.linspace(0.0, 300.0, 61)
+    d = integrate.solve_ivp(decay, (0.0, 300.0), [start], t_eval=time, rtol=1e-10, atol=1e-12).y[0]
+    measured = decay_rate(silent(make_run, time, imbalance=d), window=(0.0, 300.0))
+    found = rate_along(predicted, measured, time)
+    assert found.value == pytest.approx(measured.value, rel=3e-3)  # 1 + h rate/2 is neglected
+    assert found.local == pytest.approx(measured.local, rel=3e-3)
+    assert not found.constant and not measured.constant
+    assert abs(predicted.imbalance_rate / measured.value - 1.0) > 0.2

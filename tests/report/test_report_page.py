@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+import gradflow as gf
 from gradflow.report import FigureError, draw_figures, inline, write_page
 from gradflow.report.inline import inline_svg
-from gradflow.report.tables import phase_rows, provenance, summary, tone
+from gradflow.report.reading import on_common_clock, run_views
+from gradflow.report.tables import claim_rows, phase_rows, provenance, summary, tone
 from gradflow.study.results import StudyResult
 
 MakeStudy = Callable[..., StudyResult]
@@ -68,7 +70,7 @@ def test_page_says_everything_and_asks_nothing_of_the_network(make_study: MakeSt
     for words in (
         "Two phases",
         "A scalar network of depth 2.",
-        "3 of 5 claims hold, 1 fails, 1 is undecided.",
+        "3 of 5 claims hold, 1 fails, 1 is undecided; of 3 rates compared with theory 3 agree.",
         "Label noise removes the imbalance",
         "0.01253 ± 0.00012",
         "within 3 standard errors",
@@ -140,7 +142,7 @@ def test_inlining_keeps_text_that_looks_like_markup():
 
 def test_page_without_claims_and_figures(make_study: MakeStudy):
     _, page = page_of(make_study(claims=()), draw=False)
-    assert "The study makes no claims." in page.text
+    assert "The study makes no claims; of 3 rates" in page.text
     assert "Figures" not in page.text
     assert "svg" not in page.tags
 
@@ -148,19 +150,113 @@ def test_page_without_claims_and_figures(make_study: MakeStudy):
 @pytest.mark.parametrize(
     ("verdicts", "words", "colour"),
     [
-        ([], "The study makes no claims.", "plain"),
-        (["holds"], "The one claim holds.", "holds"),
-        (["holds", "holds"], "All 2 claims hold.", "holds"),
-        (["holds", "fails"], "1 of 2 claims holds, 1 fails.", "fails"),
-        (["holds", "undecided"], "1 of 2 claims holds, 1 is undecided.", "undecided"),
-        (["fails", "fails", "undecided"], "0 of 3 claims hold, 2 fail, 1 is undecided.", "fails"),
+        ([], "The study makes no claims", "plain"),
+        (["holds"], "The one claim holds", "holds"),
+        (["holds", "holds"], "All 2 claims hold", "holds"),
+        (["holds", "fails"], "1 of 2 claims holds, 1 fails", "fails"),
+        (["holds", "undecided"], "1 of 2 claims holds, 1 is undecided", "undecided"),
+        (["fails", "fails", "undecided"], "0 of 3 claims hold, 2 fail, 1 is undecided", "fails"),
     ],
 )
 def test_summary(make_study: MakeStudy, verdicts: list[Any], words: str, colour: str):
     result = make_study()
     claims = tuple(replace(result.claims[0], verdict=verdict) for verdict in verdicts)
-    assert summary(replace(result, claims=claims)) == words
+    rates = "; of 3 rates compared with theory 3 agree."
+    assert summary(replace(result, claims=claims)) == words + rates
     assert tone(replace(result, claims=claims)) == colour
+    bare = {name: replace(run, prediction=None) for name, run in result.runs.items()}
+    assert summary(replace(result, claims=claims, runs=bare)) == f"{words}."
+
+
+def with_rates(result: StudyResult, **changes: dict[str, Any]) -> StudyResult:
+    """The study, with one claim, and with fields of the rates of its runs changed."""
+    runs = dict(result.runs)
+    for name, fields in changes.items():
+        run = runs[name]
+        assert run.rate is not None
+        assert run.phases is not None
+        rate = replace(run.rate, **fields)
+        phases = replace(run.phases, regularization_rate=rate)
+        runs[name] = replace(run, rate=rate, phases=phases)
+    return replace(result, runs=runs, claims=result.claims[:1])
+
+
+BENT: dict[str, Any] = {"constant": False, "local": (0.02, 0.012, 0.008)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "colour"),
+    [
+        # sgd: predicted 0.0125, measured with an error of 1e-4 over 16 replicas
+        ({"sgd": {"value": 0.014}}, "2 agree, 1 misses", "undecided"),
+        ({"sgd": {"value": 0.0131}}, "2 agree, 1 is undecided", "holds"),
+        ({"sgd": BENT}, "2 agree, 1 is not constant", "holds"),
+        # within the tolerance all along the run
+        ({"sgd": {"constant": False, "local": (0.0128, 0.0126, 0.012)}}, "3 agree", "holds"),
+        (
+            {"sgd": BENT, "sde": BENT, "decay": {"value": 0.03}},
+            "0 agree, 1 misses, 2 are not constant",
+            "undecided",
+        ),
+        ({"sgd": {"value": 0.02}, "decay": {"value": 0.03}}, "1 agrees, 2 miss", "undecided"),
+    ],
+)
+def test_the_banner_counts_the_rates_that_theory_misses(
+    make_study: MakeStudy, changes: dict[str, Any], words: str, colour: str
+):
+    result = with_rates(make_study(), **changes)
+    assert summary(result) == f"The one claim holds; of 3 rates compared with theory {words}."
+    assert tone(result) == colour
+    assert words in page_of(result, draw=False)[1].text
+
+
+def test_a_rate_that_is_not_constant_is_not_printed_with_an_error(make_study: MakeStudy):
+    result = with_rates(make_study(FIGURES[1]), sgd=BENT)
+    sgd = result.runs["sgd"]
+    assert sgd.rate is not None
+    sgd = replace(sgd, along=replace(sgd.rate, value=0.0123))
+    result = replace(result, runs={**result.runs, "sgd": sgd})
+    row = next(row for row in phase_rows(result) if row.run == "Label noise, SGD")
+    decay, separation = row.cells[2], row.cells[3]
+    assert decay.value == "not constant: 0.02 → 0.012 → 0.008"
+    assert decay.below == (
+        "mean 0.01263",
+        "slow flow along the run 0.0123",
+        "predicted 0.0125 at its start",
+    )
+    changing = replace(result.claims[0], measured=0.0123, parts=(0.02, 0.012, 0.008))
+    (claimed,) = claim_rows(replace(result, claims=(changing,)))
+    assert claimed.measured == "0.02 → 0.012 → 0.008"
+    assert separation.value == "about 360"
+    assert separation.below[0] == "of a rate that is not constant"
+    _, page = page_of(result, draw=False)
+    assert "not constant: 0.02 → 0.012 → 0.008" in page.text
+    assert page.text.count("0.01263 ± 0.00010") == 1  # that of the SDE
+    (figure,) = (file for file in draw_figures(result) if file.name == "rates")
+    assert "The rate is not constant along Label noise, SGD" in figure.caption
+
+
+def test_runs_with_different_momenta_stand_in_effective_time(make_study: MakeStudy):
+    result = make_study(FIGURES[0])
+    sgd = result.runs["sgd"]
+    ball, kept = gf.GradientDescent(0.05, momentum=0.9), sgd.trajectory
+    trajectory = gf.Trajectory(kept.to_xarray(), kept.problem, ball, kept.start)
+    result = replace(result, runs={**result.runs, "sgd": replace(sgd, trajectory=trajectory)})
+    rows = {row.run: row.cells for row in phase_rows(result)}
+    # It ends at t = 1.5; the rates are 4.5 and 0.012625 per unit of flow time.
+    said = [cell.below[-1] for cell in rows["Label noise, SGD"][:3]]
+    assert said[:2] == ["in effective time 15", "in effective time 0.45"]
+    assert float(said[2].removeprefix("in effective time ")) == pytest.approx(0.0012625, rel=1e-3)
+    below = [line for cell in rows["Label noise, SDE"] for line in cell.below]
+    assert not any("effective" in line for line in below)
+    views = {view.name: view for view in on_common_clock(run_views(result, ()))}
+    assert views["sgd"].optimization_end == pytest.approx(15.0)
+    assert views["sde"].optimization_end == pytest.approx(1.5)
+    assert views["sgd"].dataset["time"].values[-1] == pytest.approx(1000.0)
+    assert views["sde"].dataset["time"].values[-1] == pytest.approx(100.0)
+    figure = draw_figures(result)[0]
+    assert "against effective time. Momenta differ, so the times" in figure.caption
+    assert "effective" not in draw_figures(make_study(FIGURES[0]))[0].caption
 
 
 def test_an_interrupted_study_never_looks_like_a_success(make_study: MakeStudy):

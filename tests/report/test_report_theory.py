@@ -12,6 +12,7 @@ from matplotlib.text import Text
 from gradflow.report import draw_figures, write_page
 from gradflow.report.against_theory import CHANGES, Measured, judged, theory_rows
 from gradflow.report.drawing import Drawing
+from gradflow.report.formatting import number as written
 from gradflow.report.reading import run_views
 from gradflow.report.sharpness import draw_sharpness
 from gradflow.report.style import drawing_style
@@ -182,6 +183,14 @@ def test_a_rate_that_changes_is_not_held_against_its_start(make_study: MakeStudy
     assert row.slow_flow.verdict is not None
     assert row.slow_flow.verdict.word == "agree"
     assert abs(row.slow_flow.verdict.relative) < 0.01
+    line, *_ = theory_lines(result)
+    _, _, slow, _, sgd = line.cells
+    # 0.06 up to t = 10 and 0.01 from there on, in a window from t = 1.5 to 100
+    assert sgd[0].value.startswith("not constant: 0.0") and "±" not in sgd[0].value
+    assert sgd[0].value.endswith("0.01 → 0.01")
+    assert slow[0].value == written(row.slow_flow.number.value)
+    parts = [float(part) for part in slow[0].said[0].split(" → ")]
+    assert parts[0] > 0.013 and parts[1:] == pytest.approx([0.01, 0.01], rel=0.02)
 
 
 def test_table_and_page_say_it_in_words(make_study: MakeStudy):

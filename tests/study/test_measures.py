@@ -152,7 +152,9 @@ def test_displacement_ratio_ends_where_the_second_run_does():
     with pytest.raises(ValueError, match='imbalance does not change in run "b"'):
         measure("displacement_ratio", first, second, **PAIR)
     first = dataclasses.replace(first, phases=phases_of(math.nan))
-    with pytest.raises(ValueError, match='run "a" has no end of its optimization phase; give win'):
+    with pytest.raises(
+        ValueError, match='run "a" has no end of its optimization phase; give the claim win'
+    ):
         measure("displacement_ratio", first, second, **PAIR)
 
 

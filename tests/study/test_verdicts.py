@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from scipy import stats
 from specs import HEAD, RUN, make_run
 
+import gradflow as gf
+from gradflow.analysis import Prediction
 from gradflow.study.claims import judge, rule
 from gradflow.study.output import ResultFolder
 from gradflow.study.record import write_claims
@@ -58,8 +61,9 @@ def ending_at(value, error=None):
         (0.95, 0.1, {"at_most": 1.0, "standard_errors": 1}, "undecided"),
         (1.05, 0.1, {"at_most": 1.0, "standard_errors": 1}, "undecided"),
         (1.2, 0.1, {"at_most": 1.0, "standard_errors": 1}, "fails"),
-        (math.nan, None, {"expected": 1.0, "tolerance": 0.05}, "fails"),
-        (math.inf, None, {"at_least": 1.0}, "fails"),
+        # what was not measured says nothing about the claim
+        (math.nan, None, {"expected": 1.0, "tolerance": 0.05}, "undecided"),
+        (math.inf, None, {"at_least": 1.0}, "undecided"),
     ],
 )
 def test_numbers(value, error, keys, verdict):
@@ -73,15 +77,104 @@ def test_reasons_are_given():
     )
     single = judge(claim(expected=1.0, standard_errors=3), ending_at(1.0))
     assert single.detail == "the measured value has no standard error"
-    assert "measured value is nan" in judge(claim(at_most=1.0), ending_at(math.nan)).detail
+    nan = judge(claim(at_most=1.0), ending_at(math.nan)).detail
+    assert nan.startswith("the measured value is nan; choose an observable or a window")
     off = judge(claim(expected=1.0, tolerance=0.01), ending_at(1.5))
     assert off.detail == "off by 0.5, allowed 0.01"
 
 
-def test_what_cannot_be_measured_fails_with_the_reason():
+def test_what_cannot_be_measured_is_undecided_with_the_reason():
     result = judge(claim(observable="sharpness", at_most=1.0), ending_at(1.0))
-    assert result.verdict == "fails" and math.isnan(result.measured)
+    assert result.verdict == "undecided" and math.isnan(result.measured)
     assert "did not record sharpness" in result.detail
+
+
+def rate_claim(**keys):
+    return claim(**{"quantity": "rate", "observable": "imbalance", **keys})
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "hint"),
+    [
+        # no end of the optimization phase: nothing acts in this run
+        ({}, np.exp(-np.linspace(0.0, 1.0, 11)), "give the claim window = [t_start, t_stop]"),
+        ({"window": [0.01, 0.02]}, np.ones(11), "give the claim window = [t_start, t_stop] within"),
+        ({"window": [0.0, 1.0]}, np.full(11, -0.0), 'quantity = "drift"'),
+        ({"window": [0.0, 1.0], "of_mean": True}, np.ones((1, 11)), None),
+        ({"window": [0.0, 1.0], "observable": "sharpness"}, np.ones(11), "observables of the run"),
+    ],
+)
+def test_hints_speak_of_keys_of_the_spec(keys, values, hint):
+    replicas = None if values.ndim == 1 else len(values)
+    runs = {"run": make_run(replicas=replicas, imbalance=values)}
+    result = judge(rate_claim(at_least=0.0, **keys), runs)
+    if hint is None:  # one path is its own mean
+        assert result.verdict == "holds"
+        return
+    assert result.verdict == "undecided" and hint in result.detail
+    for python in ("window=(", "drift()", "of simulate", "observables="):
+        assert python not in result.detail
+
+
+def test_a_single_noisy_path_is_undecided_in_the_words_of_the_spec():
+    problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.5)])
+    runs = {}
+    for name in ("a", "b"):
+        run = make_run(name, loss=np.ones(11), problem=problem)
+        sgd = gf.Trajectory(
+            run.trajectory.to_xarray(), problem, gf.GradientDescent(0.1), run.trajectory.start
+        )
+        runs[name] = replace(run, trajectory=sgd)
+    keys = {"quantity": "agreement", "run": None, "runs": ["a", "b"], "expected": "agree"}
+    result = judge(claim(**keys), runs)
+    assert result.verdict == "undecided"
+    assert 'give run "a" replicas = 64 for a start' in result.detail
+
+
+def bent(early, late, spread=0.0, replicas=None):
+    """A run whose imbalance decays at one rate up to t = 1/3 and at another from there on."""
+    time = np.linspace(0.0, 1.0, 31)
+    lost = late * time + (early - late) * np.minimum(time, 1 / 3)
+    values = np.exp(-lost)
+    if replicas is not None:
+        values = values * np.exp(-spread * np.linspace(-1.0, 1.0, replicas)[:, None] * time)
+    return {"run": make_run(time=time, replicas=replicas, imbalance=values)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "verdict"),
+    [
+        ({"expected": 1.3, "tolerance": 0.1}, "undecided"),  # 1.3 is near the mean of 2 and 1
+        ({"at_most": 1.5}, "undecided"),
+        ({"at_least": 0.9}, "holds"),  # wherever it is looked at
+        ({"at_least": 3.0}, "fails"),
+        ({"expected": 5.0, "tolerance": 0.1}, "fails"),
+    ],
+)
+@pytest.mark.parametrize("replicas", [None, 8])
+def test_a_rate_that_is_not_constant_is_no_number_to_hold_against_a_claim(keys, verdict, replicas):
+    runs = bent(2.0, 1.0, 0.01, replicas)
+    result = judge(rate_claim(window=[0.0, 1.0], **keys), runs)
+    assert result.verdict == verdict
+    assert "not constant: 2 → 1 → 1" in result.detail
+    assert result.parts == pytest.approx((2.0, 1.0, 1.0), rel=1e-9)
+    assert result.measured_error is None
+    if verdict == "undecided":
+        assert "rate is not one number but 2 → 1 → 1 over the window" in result.detail
+        assert "window = [t_start, t_stop]" in result.detail
+    inner = judge(rate_claim(window=[0.4, 1.0], expected=1.0, tolerance=1e-3), bent(2.0, 1.0))
+    assert inner.verdict == "holds" and "not constant" not in inner.detail
+
+
+def test_ratios_to_a_rate_that_is_not_constant_are_undecided_too():
+    nan = math.nan
+    limit = gf.DeepLinear([np.ones((1, 1)), np.ones((1, 1))])
+    predicted = Prediction(nan, nan, nan, 1.3, -1.3, nan, 0.1, limit)
+    run = replace(bent(2.0, 1.0)["run"], prediction=predicted)
+    keys = {"quantity": "predicted_ratio", "of": "rate", "window": [0.0, 1.0]}
+    result = judge(claim(observable=None, expected=1.0, tolerance=0.1, **keys), {"run": run})
+    assert result.verdict == "undecided"
+    assert "predicted_ratio is not one number but 1.538 → 0.7692 → 0.7692" in result.detail
 
 
 def test_a_missing_prediction_is_undecided():
@@ -132,6 +225,7 @@ def test_claims_are_written_as_strict_json(load, tmp_path: Path):
     spec: StudySpec = load(HEAD + RUN).spec
     claims = (
         judge(claim(at_most=1.0), ending_at(0.5)),
+        judge(claim(at_most=1.0), ending_at(1.5)),
         judge(claim(at_most=1.0), ending_at(math.nan)),
         judge(claim(at_most=1.0), {}),
     )
@@ -140,6 +234,8 @@ def test_claims_are_written_as_strict_json(load, tmp_path: Path):
     text = (folder.path / "claims.json").read_text("utf-8")
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert found["holds"] is False
-    assert found["counts"] == {"holds": 1, "fails": 1, "undecided": 1}
-    assert [c["measured"] for c in found["claims"]] == [0.5, None, None]
+    assert found["counts"] == {"holds": 1, "fails": 1, "undecided": 2}
+    assert [c["measured"] for c in found["claims"]] == [0.5, 1.5, None, None]
+    assert found["claims"][2]["verdict"] == "undecided"
+    assert "the measured value is nan" in found["claims"][2]["detail"]
     assert set(found["claims"][0]) >= {"sentence", "quantity", "rule", "verdict", "detail", "runs"}
