@@ -8,9 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, UInt32
+from jaxtyping import Array, ArrayLike, Float
 
-from gradflow.decompositions import decomposed_together
 from gradflow.dynamics.base import (
     AbstractDynamics,
     End,
@@ -18,16 +17,10 @@ from gradflow.dynamics.base import (
     State,
     divergence_limit,
     is_alive,
-    over_paths,
 )
+from gradflow.dynamics.integration import SolverMemory
 from gradflow.dynamics.modified_flow import is_reshuffled
-from gradflow.dynamics.ode import (
-    SolverMemory,
-    advance_a_little,
-    checked_tolerances,
-    chosen_solver,
-    integrate,
-)
+from gradflow.dynamics.ode import checked_tolerances, chosen_solver
 from gradflow.dynamics.settings import (
     Decay,
     checked_decay,
@@ -35,15 +28,14 @@ from gradflow.dynamics.settings import (
     checked_step_size,
     remembered,
 )
-from gradflow.dynamics.slow_sde import advance_in_cells, cells_before, noise_square_rates
+from gradflow.dynamics.slow_motion import SlowMemory, along_manifold, moved_to, random_motion
+from gradflow.dynamics.slow_sde import noise_square_rates
 from gradflow.geometry.base import check_double, output_loss
 from gradflow.geometry.curvature import minima_sharpness
 from gradflow.geometry.kernel import kernel_at
 from gradflow.geometry.limit_maps import descent_projection, flow_projection
-from gradflow.geometry.manifold import retract
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.products import in_groups
 from gradflow.regularizers.base import as_parameter
 from gradflow.streams import Source
 from gradflow.theory.drift import flow_imbalance_drift
@@ -75,22 +67,6 @@ BISECTIONS = 40
 
 class EdgeOfStabilityWarning(UserWarning):
     """The slow flow starts close to where its theory ends."""
-
-
-class _Memory(eqx.Module):
-    """What a slow flow carries beside the weights; arrays end in the path axis.
-
-    - `solver`: what the solver of the deterministic motion carries.
-    - `anchor`, `cell`: of the random motion, see `advance_in_cells`; None without it.
-    - `before`, `since`: the weights at the last saved time but one at which the path was alive, and
-        that time.
-    """
-
-    solver: SolverMemory
-    anchor: Weights | None
-    cell: Float[Array, " paths"] | None
-    before: Weights
-    since: Float[Array, " paths"]
 
 
 class SlowFlow(AbstractDynamics):
@@ -217,7 +193,7 @@ class SlowFlow(AbstractDynamics):
             anchor = tuple(map(jnp.copy, minima))
             cell = jnp.stack([_cell(self, problem, m) for m in distinct])[which]
         start = jnp.zeros((which.size,), minima[0].dtype)
-        memory = _Memory(
+        memory = SlowMemory(
             SolverMemory.at_start(minima), anchor, cell, tuple(map(jnp.copy, minima)), start
         )
         return State(
@@ -246,16 +222,25 @@ class SlowFlow(AbstractDynamics):
         )
         since = jnp.where(leaves, start, memory.since)
         if memory.anchor is None:
-            weights, solver, progress = self._integrated(problem, state, stop)
+            weights, solver, progress = along_manifold(
+                self._field, self.solver, self.rtol, self.atol, problem, state, stop
+            )
             anchor = None
         else:
-            weights, anchor, progress = self._wander(problem, state, stop, source)
+            weights, anchor, progress = random_motion(
+                lambda w: self.velocity(problem, w),
+                lambda w, z: self._diffusion(problem, w, z),
+                problem,
+                state,
+                stop,
+                source,
+            )
             solver = memory.solver
         escaped = ~is_alive(weights, state.limit) & (progress.end == End.NONE)
         end = jnp.where(escaped | (progress.end == End.COLLAPSE), End.DIVERGED, progress.end)
         weights = tuple(jnp.where(end == End.NONE, w, jnp.nan) for w in weights)
         progress = eqx.tree_at(lambda p: p.end, progress, end)
-        memory = _Memory(solver, anchor, memory.cell, before, since)
+        memory = SlowMemory(solver, anchor, memory.cell, before, since)
         return State(weights, memory, (), state.limit, progress=progress)
 
     def velocity(self, problem: Problem, weights: Weights) -> Weights:
@@ -307,71 +292,6 @@ class SlowFlow(AbstractDynamics):
         """The velocity, tangent to the weights of the same end-to-end matrix wherever they are."""
         del t
         return self.velocity(problem, weights)
-
-    def _integrated(
-        self, problem: Problem, state: State, stop: Array
-    ) -> tuple[Weights, SolverMemory, Progress]:
-        """The weights of every path as far as it may go, on the manifold once all are at `stop`."""
-        loss = output_loss(problem)
-
-        def unfinished(carry: tuple[Weights, SolverMemory, Progress]) -> Array:
-            return jnp.any(carry[2].may_move(stop))
-
-        def go(
-            carry: tuple[Weights, SolverMemory, Progress],
-        ) -> tuple[Weights, SolverMemory, Progress]:
-            return advance_a_little(
-                self._field, self.solver, self.rtol, self.atol, problem, *carry, stop
-            )
-
-        assert state.progress is not None
-        moved = (state.weights, state.memory.solver, state.progress)
-        weights, memory, progress = jax.lax.while_loop(unfinished, go, moved)
-        weights = jax.lax.cond(
-            jnp.any(progress.on_the_way(stop)),
-            lambda: weights,
-            lambda: in_groups(
-                over_paths(lambda w: retract(w, loss)), weights, decomposed_together(weights)
-            ),
-        )
-        return weights, memory, progress
-
-    def _wander(
-        self, problem: Problem, state: State, stop: Array, source: Source
-    ) -> tuple[Weights, Weights, Progress]:
-        """The weights at `stop` and the anchors before it, where the motion is random.
-
-        A path that may take no more cells stays at the anchor that it has reached.
-        """
-        loss, memory = output_loss(problem), state.memory
-        size = tangential_size(problem, tuple(w[..., 0] for w in memory.before))
-
-        def one(
-            anchor: Weights, cell: Scalar, progress: Progress, path: UInt32[Array, ""]
-        ) -> tuple[Weights, Weights, Progress]:
-            done, last = progress.steps, cells_before(stop, cell)
-            reached = jnp.minimum(last, done + progress.allowed)
-            weights, anchor = advance_in_cells(
-                lambda w: self.velocity(problem, w),
-                lambda w, z: self._diffusion(problem, w, z),
-                lambda w: retract(w, loss),
-                size,
-                anchor,
-                cell,
-                done,
-                reached,
-                jnp.where(reached < last, reached * cell, stop),
-                source.of_path(path),
-            )
-            time = jnp.where(reached < last, progress.time, stop)
-            allowed = progress.allowed - (reached - done)
-            return weights, anchor, Progress(time, reached, allowed, progress.end)
-
-        def of_group(group: tuple[Weights, Array, Progress, Array]) -> Any:
-            return over_paths(one)(*group)
-
-        paths = (memory.anchor, memory.cell, state.progress, source.paths)
-        return in_groups(of_group, paths, decomposed_together(memory.before))
 
     def _diffusion(
         self, problem: Problem, weights: Weights, increment: Float[Array, " normals"]
@@ -510,18 +430,5 @@ def _is_stable(dynamics: SlowFlow, problem: Problem, minimum: Weights, step_size
 def _followed(
     dynamics: SlowFlow, problem: Problem, weights: Weights, start: Array, stop: Array
 ) -> Weights:
-    """The weights of one path at `stop`, NaN where it does not get there."""
-    solved = integrate(
-        dynamics._field,
-        dynamics.solver,
-        dynamics.rtol,
-        dynamics.atol,
-        problem,
-        weights,
-        SolverMemory.at_start(weights),
-        start[None],
-        stop,
-    )
-    loss = output_loss(problem)
-    moved = over_paths(lambda w: retract(w, loss))(solved.states)
-    return tuple(jnp.where(solved.time >= stop, w, jnp.nan) for w in moved)
+    tolerances = dynamics.rtol, dynamics.atol
+    return moved_to(dynamics._field, dynamics.solver, *tolerances, problem, weights, start, stop)

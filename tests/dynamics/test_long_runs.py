@@ -11,7 +11,7 @@ import pytest
 from scipy.integrate import quad
 
 import gradflow as gf
-from gradflow.dynamics import ode
+from gradflow.dynamics import integration
 from gradflow.regularizers.base import AbstractPenalty
 from gradflow.types import Scalar, Weights
 
@@ -201,7 +201,7 @@ def test_an_explosion_is_no_kink():
 @pytest.mark.parametrize("keep", ["paths", "statistics"])
 def test_a_step_limit_is_no_divergence(keep: Any, monkeypatch: pytest.MonkeyPatch):
     """With a limit of 500 steps a stiff flow with a slow drift is given up, and says so."""
-    monkeypatch.setattr(ode, "MAX_STEPS", 500)
+    monkeypatch.setattr(integration, "MAX_STEPS", 500)
     jax.clear_caches()
     eqx.clear_caches()
     problem = gf.Problem(SCALAR.data, [gf.WeightDecay(1e-3)])

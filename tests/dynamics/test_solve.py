@@ -12,7 +12,7 @@ from jaxtyping import Array
 from scipy.integrate import solve_ivp
 
 import gradflow as gf
-from gradflow.dynamics.ode import MANY, SolverMemory, integrate
+from gradflow.dynamics.integration import MANY, SolverMemory, integrate
 from gradflow.types import Scalar
 
 TIMES = np.array([0.0, 0.3, 1.0, 2.5])
