@@ -85,7 +85,7 @@ def moved_to(
     start: Array,
     stop: Array,
 ) -> Weights:
-    """The weights of an ensemble at `stop` from those at `start`, NaN where they do not get there."""
+    """The weights of an ensemble at `stop` from those at `start`, NaN where it does not arrive."""
     memory = SolverMemory.at_start(weights)
     begin = jnp.broadcast_to(start, memory.planned.shape)
     solved = integrate(field, solver, rtol, atol, problem, weights, memory, begin, stop)
