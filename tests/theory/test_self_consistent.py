@@ -28,7 +28,9 @@ def solution(z, b):
     return self_consistent(lambda x: jnp.einsum("qij,jk,qkl->il", z, x, z), b)
 
 
-solve = compiled(solution)
+@compiled
+def solve(z, b):
+    return solution(z, b)
 
 
 @pytest.mark.parametrize("radius", [0.0, 0.5, 0.99])
@@ -59,7 +61,7 @@ def test_paths_of_an_ensemble_are_solved_on_their_own():
     """An unstable one does not stop the others."""
     z = np.stack([feeding(r) for r in (0.9, 2.0, 0.1)])
     b = np.stack([covariance(s) for s in (1, 2, 3)])
-    found = np.asarray(compiled(jax.vmap(solution))(z, b))
+    found = np.asarray(jax.jit(jax.vmap(solution))(z, b))
     assert np.all(np.isnan(found[1]))
     for i in (0, 2):
         np.testing.assert_allclose(found[i], solve(z[i], b[i]), rtol=1e-12)
