@@ -94,13 +94,15 @@ def schedule(
     if t1 is not None:
         with np.errstate(over="ignore"):
             count = float(np.float64(t1) / h)
-        steps = round(count) if count <= MOST_COUNTED else count
-        if steps < 1:
+        asked = round(count) if count <= MOST_COUNTED else count
+        if asked < 1:
             raise ValueError(_too_short(t1, h))
+    else:
+        asked = steps
     finest = max(dynamics.ticks_per_step, getattr(dynamics, "path_substeps", 1))
-    steps = _checked_steps(steps, finest)
-    end = _end(steps, h) if t1 is None else max(float(t1), _end(steps, h))
-    saved = _grid_steps(steps, save, spacing, h, end)
+    whole = _checked_steps(asked, finest)
+    end = _end(whole, h) if t1 is None else max(float(t1), _end(whole, h))
+    saved = _grid_steps(whole, save, spacing, h, end)
     return Schedule(saved * dynamics.ticks_per_step, saved * h, saved)
 
 

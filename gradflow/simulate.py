@@ -422,13 +422,14 @@ def _check_room(arrays: Sequence[Any]) -> None:
 def _warn_of_overflow(dataset: xr.Dataset, chosen: Sequence[Observable]) -> None:
     """Warn of built-in observables that no float can hold, of paths that have not diverged."""
     finite = [o.name for o in chosen if BUILT_IN.get(o.name) is o and o.name not in UNBOUNDED]
+    watched = {f"{name}{of}" for name in finite for of in ("", "_mean", "_minimum", "_maximum")}
     for name, variable in dataset.data_vars.items():
-        base = next((f for f in finite if name == f or str(name).startswith(f"{f}_")), None)
-        if base is None or variable.dtype.kind != "f":
+        if name not in watched or variable.dtype.kind != "f":
             continue
-        infinite = np.isinf(variable).any([dim for dim in variable.dims if dim != "time"])
+        others = tuple(i for i, dim in enumerate(variable.dims) if dim != "time")
+        infinite = np.isinf(variable.values).any(axis=others)
         if infinite.any():
-            time = dataset["time"].values[int(np.argmax(infinite.values))]
+            time = dataset["time"].values[int(np.argmax(infinite))]
             warnings.warn(
                 f"{name} is infinite at t = {time:g}: it is beyond "
                 f"{np.finfo(variable.dtype).max:.2g}, the largest number there is, and no path has "

@@ -343,8 +343,9 @@ class Regression(eqx.Module):
             x, y = moments.rounded(x), moments.rounded(y)
         derived = moments.derive(sxx, syx, syy, x, y)
         fourth = None
-        if x is not None and y is not None:
-            fourth = fourth_moments(x, y, derived.best_map, dtype)
+        if x is not None and y is not None and not is_traced(x, y):
+            best = np.asarray(derived.best_map)
+            fourth = fourth_moments(np.asarray(x), np.asarray(y), best, dtype)
         return cls(
             sxx=jnp.asarray(sxx, dtype),
             syx=jnp.asarray(syx, dtype),

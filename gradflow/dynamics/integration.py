@@ -235,10 +235,11 @@ def integrate(
     def of_group(group: tuple[Any, SolverMemory, Array]) -> Solved:
         if group[2].shape[0] > 1:
             begin = jnp.where(group[2] < stop, 0.0, 1.0)
-            return over_paths(solve)(*group, begin)
+            states, memory, start = group
+            return over_paths(solve)(states, memory, start, begin)
         # A batch of one would still copy the state of every loop at each of its rounds.
-        one = jax.tree.map(lambda y: y[..., 0], group)
-        return jax.tree.map(lambda y: y[..., None], solve(*one, 0.0))
+        state, memory, start = jax.tree.map(lambda y: y[..., 0], group)
+        return jax.tree.map(lambda y: y[..., None], solve(state, memory, start, 0.0))
 
     few = start.shape[0]
     if few > 1 and isinstance(solver, diffrax.AbstractImplicitSolver | GaussLegendre):

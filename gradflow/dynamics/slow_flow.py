@@ -215,6 +215,7 @@ class SlowFlow(AbstractDynamics):
     ) -> State:
         """Move every path along the manifold from flow time `start` to `stop`."""
         memory, progress = state.memory, state.progress
+        assert progress is not None
         alive = jnp.isfinite(state.weights[0][0, 0])
         leaves = alive & (progress.time == start)  # not on the way since an earlier call
         before = jax.tree.map(

@@ -1,5 +1,7 @@
 """What the step-size controllers that wrap another one have in common."""
 
+from typing import Any
+
 import diffrax
 import equinox as eqx
 import jax
@@ -28,12 +30,12 @@ class AbstractWrappingController(diffrax.AbstractAdaptiveStepSizeController):
         """Error norm of the wrapped controller."""
         return self.controller.norm
 
-    def wrap(self, direction):
+    def wrap(self, direction: Any) -> "AbstractWrappingController":
         """Pass the direction of integration on to the wrapped controller."""
         return eqx.tree_at(lambda c: c.controller, self, self.controller.wrap(direction))
 
 
-def largest(state) -> Scalar:
+def largest(state: Any) -> Scalar:
     """The largest absolute value in a state, without a derivative."""
     leaves = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(state) if leaf.size]
     return jax.lax.stop_gradient(jnp.max(jnp.stack(leaves)))

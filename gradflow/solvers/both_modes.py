@@ -12,12 +12,13 @@ from typing import Any, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 Arrays: TypeAlias = list[Array]
-Shapes: TypeAlias = tuple[jax.core.ShapedArray, ...]
+Shapes: TypeAlias = tuple[ShapedArray, ...]
 
 
 @eqx.filter_custom_jvp
@@ -78,7 +79,7 @@ def _derivative(primals: tuple[Any, Any, Any], tangents: tuple[Any, Any, Any]) -
 
 
 def _shapes_of(arrays: Arrays) -> Shapes:
-    return tuple(jax.core.ShapedArray(x.shape, x.dtype) for x in arrays)
+    return tuple(ShapedArray(x.shape, x.dtype) for x in arrays)
 
 
 # The primitive. Its arguments are the constants of the map, those of its transpose, and tangents.
@@ -158,7 +159,7 @@ def _batched(
         ),
         sizes=sizes,
         shapes=tuple(
-            tuple(jax.core.ShapedArray((size, *x.shape), x.dtype) for x in some) for some in shapes
+            tuple(ShapedArray((size, *x.shape), x.dtype) for x in some) for some in shapes
         ),
     )
     return values, [0] * len(values)

@@ -45,6 +45,10 @@ class RelativeErrors(AbstractWrappingController):
     controller: diffrax.AbstractAdaptiveStepSizeController
     smallest: Scalar
 
+    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController, smallest: Scalar):
+        self.controller = controller
+        self.smallest = smallest
+
     @promoting
     def init(
         self,

@@ -69,6 +69,10 @@ class RestController(AbstractWrappingController):
     controller: diffrax.AbstractAdaptiveStepSizeController
     memory: RestMemory
 
+    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController, memory: RestMemory):
+        self.controller = controller
+        self.memory = memory
+
     @promoting
     def init(
         self,
