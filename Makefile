@@ -55,6 +55,10 @@ test: $(VENV)/.installed-test ## Install with the test dependencies and run the 
 test-slow: $(VENV)/.installed-test ## Run the long tests that `make test` leaves out
 	$(PYTEST) -n $(WORKERS) --durations 10 -m slow $(PYTEST_ARGS)
 
+.PHONY: mutants
+mutants: $(VENV)/.installed-test ## Break the code on purpose, entry by entry of tests/mutants.toml; half an hour and more
+	$(BIN)/python tests/run_mutants.py $(MUTANTS)
+
 .PHONY: test-latest
 test-latest: $(VENV_LATEST)/.installed-test ## Run the tests on the newest Python with the newest dependencies
 	$(VENV_LATEST)/bin/python -m pytest $(BY_FILE) $(PYTEST_ARGS)

@@ -1,0 +1,59 @@
+"""Break the code on purpose and see a test fail: every entry of `mutants.toml` in a copy of the tree.
+
+    python tests/run_mutants.py [PART OF A FILE NAME ...]
+
+A test that fails kills a mutant. The exit status is the number of those that survive.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "results", ".pytest_cache", "__pycache__")
+FAILED = 1
+"""pytest's exit status when tests ran and failed; others mean that they did not run."""
+
+
+def killed(mutant: dict[str, str], tree: Path) -> bool:
+    """Whether a test fails with the mutant in a copy of the tree, which is left as it was."""
+    file = tree / mutant["file"]
+    right = file.read_text()
+    if right.count(mutant["find"]) != 1:
+        raise SystemExit(f"{mutant['file']}: {mutant['find']!r} occurs {right.count(mutant['find'])}"
+                         " times and must occur once.")  # fmt: skip
+    file.write_text(right.replace(mutant["find"], mutant["replace"]))
+    cache = str(ROOT / ".pytest_cache" / "jax")
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ, "PYTHONPATH": str(tree)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+               "-m", "slow or not slow", mutant["tests"]]  # fmt: skip
+    run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    file.write_text(right)
+    if run.returncode not in (0, FAILED):
+        print(run.stdout[-2000:] + run.stderr[-2000:])
+    return run.returncode == FAILED
+
+
+def main() -> int:
+    """Run the mutants whose file names contain one of the arguments, or all of them."""
+    mutants = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())["mutant"]
+    chosen = [m for m in mutants if not sys.argv[1:] or any(a in m["file"] for a in sys.argv[1:])]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
+        for number, mutant in enumerate(chosen, start=1):
+            dead = killed(mutant, tree)
+            survivors += not dead
+            word = "killed" if dead else "SURVIVED"
+            print(f"{number}/{len(chosen)} {word}: {mutant['file']}: {mutant['why']}", flush=True)
+    print(f"{len(chosen) - survivors} killed, {survivors} survived")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())
