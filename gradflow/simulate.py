@@ -156,8 +156,9 @@ def simulate(
 
     **Returns:** a `Trajectory`, or `EnsembleStatistics`. Replicas that diverge are NaN from then on
     and flagged in `diverged`, with a `DivergedWarning`; statistics leave them out and count them.
-    After Ctrl-C what was done
-    is returned with `interrupted=True`.
+    Paths of an adaptive flow that cannot go on (a step limit, a step size that collapses) are NaN
+    from then on and flagged in `incomplete`, with an `IncompleteWarning` that says what to do.
+    After Ctrl-C what was done is returned with `interrupted=True`.
 
     **Raises:** `ValueError` or `TypeError` for bad input, before anything is computed;
     `MemoryError` if there is no room for what is saved of all paths.

@@ -1,4 +1,4 @@
-"""Break the code on purpose and see a test fail: every entry of `mutants.toml` in a copy of the tree.
+"""Break the code on purpose and see a test fail: the entries of `mutants.toml`, in a copy.
 
     python tests/run_mutants.py [PART OF A FILE NAME ...]
 
@@ -23,9 +23,9 @@ def killed(mutant: dict[str, str], tree: Path) -> bool:
     """Whether a test fails with the mutant in a copy of the tree, which is left as it was."""
     file = tree / mutant["file"]
     right = file.read_text()
-    if right.count(mutant["find"]) != 1:
-        raise SystemExit(f"{mutant['file']}: {mutant['find']!r} occurs {right.count(mutant['find'])}"
-                         " times and must occur once.")  # fmt: skip
+    times = right.count(mutant["find"])
+    if times != 1:
+        raise SystemExit(f"{mutant['file']}: {mutant['find']!r} occurs {times} times, not once.")
     file.write_text(right.replace(mutant["find"], mutant["replace"]))
     cache = str(ROOT / ".pytest_cache" / "jax")
     environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ, "PYTHONPATH": str(tree)}

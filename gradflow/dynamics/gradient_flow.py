@@ -21,7 +21,9 @@ class GradientFlow(AbstractOdeFlow):
 
     **Arguments:**
 
-    - `rtol`, `atol`: relative and absolute tolerance of a step, > 0.
+    - `rtol`, `atol`: relative and absolute tolerance of a step, > 0. Where weights start or stay
+        smaller than `atol`, or a saddle is left, errors are relative all the same (see
+        `gradflow.solvers.RelativeErrors`).
     - `solver`: any diffrax ODE solver with an error estimate; default `gradflow.solvers.Switching`,
         or `gradflow.solvers.GaussLegendre(order=6)` with `stiff=True`. Implicit solvers of diffrax
         iterate by Newton's method to near rounding unless they are given a root finder.
@@ -32,7 +34,8 @@ class GradientFlow(AbstractOdeFlow):
         Explicit solvers keep it to about `rtol` only, in a fraction of the time. With weight decay
         or other penalties $G_i$ moves, and is as accurate as the weights.
 
-    A path whose solve fails is reported as diverged.
+    A run may be of any length: a path that has come to rest stays there. One that cannot go on, because
+    its step size collapses (at the kink of a penalty) or after 10^8 steps, is reported as incomplete.
     """
 
     rtol: Scalar
