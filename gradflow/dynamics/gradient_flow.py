@@ -34,8 +34,9 @@ class GradientFlow(AbstractOdeFlow):
         Explicit solvers keep it to about `rtol` only, in a fraction of the time. With weight decay
         or other penalties $G_i$ moves, and is as accurate as the weights.
 
-    A run may be of any length: a path that has come to rest stays there. One that cannot go on, because
-    its step size collapses (at the kink of a penalty) or after 10^8 steps, is reported as incomplete.
+    A run may be of any length: a path that has come to rest stays there. One that cannot go on,
+    because its step size collapses (at the kink of a penalty) or after 10^8 steps, is reported as
+    incomplete.
     """
 
     rtol: Scalar
