@@ -368,7 +368,7 @@ def observe(
 def _evaluated(
     observable: Observable, net: DeepLinear, problem: Problem, dynamics: AbstractDynamics
 ) -> Array:
-    if observable is BUILT_IN.get(observable.name):
+    if observable.name in BUILT_IN:  # these cannot be taken by others
         return observable.evaluate(net, problem, dynamics)
     try:
         value = observable.evaluate(net, problem, dynamics)
