@@ -216,7 +216,7 @@ def integrate(
             y0=state,
             args=problem,
             saveat=diffrax.SaveAt(t1=True, controller_state=True),
-            stepsize_controller=RestController(resumable, rest),
+            stepsize_controller=RestController(resumable, rest, not is_implicit),
             adjoint=adjoint,
             max_steps=most_steps,
             throw=False,
@@ -241,8 +241,9 @@ def integrate(
         state, memory, start = jax.tree.map(lambda y: y[..., 0], group)
         return jax.tree.map(lambda y: y[..., None], solve(state, memory, start, 0.0))
 
+    is_implicit = isinstance(solver, diffrax.AbstractImplicitSolver | GaussLegendre)
     few = start.shape[0]
-    if few > 1 and isinstance(solver, diffrax.AbstractImplicitSolver | GaussLegendre):
+    if few > 1 and is_implicit:
         few = 1
     elif few > 1 and decomposes(
         lambda y: field(stop, y, problem), jax.tree.map(lambda y: y[..., 0], states)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -64,14 +65,22 @@ class RestController(AbstractWrappingController):
 
     - `controller`: any adaptive diffrax controller with an `rtol`.
     - `memory`: what the solve before has left.
+    - `is_explicit`: whether the solver has such an edge; the steps of others are not kept short.
     """
 
     controller: diffrax.AbstractAdaptiveStepSizeController
     memory: RestMemory
+    is_explicit: bool = eqx.field(static=True)
 
-    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController, memory: RestMemory):
+    def __init__(
+        self,
+        controller: diffrax.AbstractAdaptiveStepSizeController,
+        memory: RestMemory,
+        is_explicit: bool = True,
+    ):
         self.controller = controller
         self.memory = memory
+        self.is_explicit = is_explicit
 
     @promoting
     def init(
@@ -123,9 +132,11 @@ class RestController(AbstractWrappingController):
         quiet = jnp.where(keep, moved, before * length) <= self.rtol * size
         still = jnp.where(keep, jnp.where(is_still, still + 1, 0), still)
         stable = jnp.where(quiet, stable, jnp.inf)
-        stable = jnp.where(quiet & ~keep, jnp.minimum(stable, INSIDE * length), stable)
-        longest = jnp.minimum(stable, jnp.where(quiet, LONGER * length, jnp.inf))
-        next_t1 = jnp.minimum(next_t1, next_t0 + longest)
+        if self.is_explicit:
+            stable = jnp.where(quiet & ~keep, jnp.minimum(stable, INSIDE * length), stable)
+        if self.is_explicit:
+            longest = jnp.minimum(stable, jnp.where(quiet, LONGER * length, jnp.inf))
+            next_t1 = jnp.minimum(next_t1, next_t0 + longest)
         before = jnp.where(keep, speed, before)
         rests = is_at_rest(still) & keep & (next_t0 < end)
         result = diffrax.RESULTS.where(rests, diffrax.RESULTS.dt_min_reached, result)
