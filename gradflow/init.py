@@ -26,8 +26,8 @@ Matrix: TypeAlias = ArrayLike | Sequence[Sequence[float | int]]
 
 def gaussian(
     widths: Widths,
-    scale: float | int | PRNGKeyArray = 1.0,
-    key: PRNGKeyArray | float | int | None = None,
+    scale: float | int = 1.0,
+    key: PRNGKeyArray | None = None,
 ) -> DeepLinear:
     r"""Independent entries $(W_i)_{kl} \sim \mathcal N(0, \text{scale}^2 / d_{i-1})$.
 
@@ -37,12 +37,12 @@ def gaussian(
 
     - `widths`: $(d_0, ..., d_N)$, input first.
     - `scale`: positive factor of every layer.
-    - `key`: random key, third as in all of `init`; `gaussian(widths, key, scale)` is the same.
+    - `key`: random key, third as in all of `init`; it is needed.
 
     **Raises:** `ValueError` if a width is not a positive integer or the scale not positive.
     """
     sizes = _checked_widths(widths)
-    factor, random = _scale_and_key(scale, key)
+    factor, random = _checked_scale(scale), _needed_key(key)
     shapes = tuple((above, below) for below, above in pairwise(sizes))
     layers = _normals(random, shapes)
     return DeepLinear([factor / np.sqrt(w.shape[1]) * w for w in layers])
@@ -50,8 +50,8 @@ def gaussian(
 
 def orthogonal(
     widths: Widths,
-    scale: float | int | PRNGKeyArray = 1.0,
-    key: PRNGKeyArray | float | int | None = None,
+    scale: float | int = 1.0,
+    key: PRNGKeyArray | None = None,
 ) -> DeepLinear:
     r"""Independent uniformly distributed semi-orthogonal layers times a scale.
 
@@ -62,7 +62,7 @@ def orthogonal(
 
     - `widths`: $(d_0, ..., d_N)$, input first.
     - `scale`: positive singular value of every layer.
-    - `key`: random key, third as in all of `init`; `orthogonal(widths, key, scale)` is the same.
+    - `key`: random key, third as in all of `init`; it is needed.
 
     **Raises:** `ValueError` if a width is not a positive integer or the scale not positive.
 
@@ -70,7 +70,7 @@ def orthogonal(
     in deep linear neural networks", ICLR 2014.
     """
     sizes = _checked_widths(widths)
-    factor, random = _scale_and_key(scale, key)
+    factor, random = _checked_scale(scale), _needed_key(key)
     shapes = tuple((above, below) for below, above in pairwise(sizes))
     return DeepLinear([factor * w for w in _semi_orthogonal(random, shapes)])
 
@@ -313,19 +313,18 @@ def _checked_numbers(target: object) -> Float[np.ndarray, "..."]:
 
 
 def _checked_scale(scale: Any) -> float:
+    if _is_key(scale):
+        raise TypeError("init.scale: got a random key; the key comes third, or as key=....")
     value = float(scale)
     if not 0 < value < np.inf:
         raise ValueError(f"init.scale: got {value}; it must be a positive finite number.")
     return value
 
 
-def _scale_and_key(scale: object, key: object) -> tuple[float, PRNGKeyArray]:
-    """Both in the order of `balanced`, or the key before the scale."""
-    if _is_key(scale):
-        scale, key = 1.0 if key is None else key, scale
+def _needed_key(key: object) -> PRNGKeyArray:
     if key is None:
         raise ValueError("init.key: is needed to draw weights; pass key=jax.random.key(0).")
-    return _checked_scale(scale), _checked_key(key)
+    return _checked_key(key)
 
 
 def _checked_key(key: object) -> PRNGKeyArray:

@@ -47,8 +47,8 @@ def matrix(seed: int, shape: tuple[int, ...], rank: int) -> np.ndarray:
 def test_shapes(shape, seed):
     key = jax.random.key(seed)
     for network in (
-        init.gaussian(shape, key),
-        init.orthogonal(shape, key),
+        init.gaussian(shape, key=key),
+        init.orthogonal(shape, key=key),
         init.balanced(2.0, shape, key),
         init.unbalanced(shape, 0.0, key),
     ):
@@ -60,7 +60,7 @@ def test_shapes(shape, seed):
 
 
 def test_gaussian_moments():
-    network = init.gaussian((200, 300, 50), jax.random.key(1), scale=0.7)
+    network = init.gaussian((200, 300, 50), 0.7, jax.random.key(1))
     for w in layers(network):
         variance = 0.49 / w.shape[1]
         assert abs(w.mean()) < 4 * np.sqrt(variance / w.size)
@@ -73,14 +73,16 @@ def test_gaussian_moments():
 
 @given(widths, seeds, sizes)
 def test_orthogonal_layers(shape, seed, scale):
-    for w in layers(init.orthogonal(shape, jax.random.key(seed), scale)):
+    for w in layers(init.orthogonal(shape, scale, jax.random.key(seed))):
         gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
         np.testing.assert_allclose(gram, scale**2 * np.eye(min(w.shape)), atol=1e-13 * scale**2)
 
 
 def test_orthogonal_is_uniform():
     """Averages over keys of a uniform orthogonal matrix: E W = 0 and E W_kl^2 = 1/d."""
-    draws = np.array([layers(init.orthogonal((3, 3), jax.random.key(k)))[0] for k in range(300)])
+    draws = np.array(
+        [layers(init.orthogonal((3, 3), key=jax.random.key(k)))[0] for k in range(300)]
+    )
     assert np.abs(draws.mean(axis=0)).max() < 4.5 / np.sqrt(3 * 300)
     spread = np.sqrt((3 / 15 - 1 / 9) / 300)
     assert np.abs((draws**2).mean(axis=0) - 1 / 3).max() < 4.5 * spread
@@ -91,8 +93,8 @@ def test_keys_decide():
         a, b, c = (layers(make((5, 2, 4), jax.random.key(k))) for k in (0, 0, 1))
         assert all(np.array_equal(u, v) for u, v in zip(a, b, strict=True))
         assert not any(np.array_equal(u, v) for u, v in zip(a, c, strict=True))
-    old_style = layers(init.gaussian((5, 2, 4), jax.random.PRNGKey(0)))
-    new_style = layers(init.gaussian((5, 2, 4), jax.random.key(0)))
+    old_style = layers(init.gaussian((5, 2, 4), key=jax.random.PRNGKey(0)))
+    new_style = layers(init.gaussian((5, 2, 4), key=jax.random.key(0)))
     assert all(np.array_equal(u, v) for u, v in zip(old_style, new_style, strict=True))
 
 
@@ -221,15 +223,15 @@ def test_bad_widths(make, wrong, message):
 
 
 def test_numpy_widths_are_fine():
-    assert init.gaussian(np.array([3, 2]).tolist(), KEY).widths == (3, 2)
-    assert init.gaussian(list(np.array([3, 2])), KEY).widths == (3, 2)
+    assert init.gaussian(np.array([3, 2]).tolist(), key=KEY).widths == (3, 2)
+    assert init.gaussian(list(np.array([3, 2])), key=KEY).widths == (3, 2)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: init.gaussian((2, 2), KEY, scale=0.0), r"init\.scale: got 0\.0"),
-        (lambda: init.orthogonal((2, 2), KEY, scale=-1.0), r"init\.scale: got -1\.0"),
+        (lambda: init.gaussian((2, 2), 0.0, KEY), r"init\.scale: got 0\.0"),
+        (lambda: init.orthogonal((2, 2), -1.0, KEY), r"init\.scale: got -1\.0"),
         (lambda: init.balanced(np.inf, (2, 2), KEY), r"init\.scale: got inf"),
         (lambda: init.balanced(1.0, (2, 2)), r"init\.key: is needed"),
         (
@@ -259,22 +261,21 @@ def test_bad_arguments(make, message):
 def test_bad_key():
     for make in (init.gaussian, init.orthogonal):
         with pytest.raises(TypeError, match=re.escape("init.key: got 3; pass a random key")):
-            make.__wrapped__((2, 2), 3)
+            make.__wrapped__((2, 2), 1.0, 3)
 
 
-def test_the_key_is_third_everywhere_and_may_stand_second():
+def test_the_key_is_third_everywhere():
     key = jax.random.key(3)
     for make in (init.gaussian, init.orthogonal):
         by_name = make((2, 3, 1), scale=0.5, key=key)
-        for net in (make((2, 3, 1), 0.5, key), make((2, 3, 1), key, 0.5)):
-            for a, b in zip(net.weights, by_name.weights, strict=True):
-                np.testing.assert_array_equal(a, b)
-        plain = make((2, 3, 1), key)
+        for a, b in zip(make((2, 3, 1), 0.5, key).weights, by_name.weights, strict=True):
+            np.testing.assert_array_equal(a, b)
+        plain = make((2, 3, 1), key=key)
         np.testing.assert_allclose(by_name.weights[0], 0.5 * plain.weights[0], rtol=1e-15)
         with pytest.raises(ValueError, match=r"init\.key: is needed to draw weights"):
             make((2, 3, 1))
-        with pytest.raises(ValueError, match=r"init\.key: is needed to draw weights"):
-            make((2, 3, 1), 0.5)
+        with pytest.raises(TypeError, match=r"init\.scale: got a random key; the key comes third"):
+            make.__wrapped__((2, 3, 1), key)
 
 
 def test_a_masked_target_is_refused():

@@ -187,9 +187,9 @@ def build_network(spec: NetworkSpec) -> DeepLinear:
         case GivenWeights():
             return DeepLinear([np.asarray(matrix, dtype=float) for matrix in spec.weights])
         case GaussianInit():
-            return init.gaussian(spec.widths, jax.random.key(spec.seed), spec.scale)
+            return init.gaussian(spec.widths, spec.scale, jax.random.key(spec.seed))
         case OrthogonalInit():
-            return init.orthogonal(spec.widths, jax.random.key(spec.seed), spec.scale)
+            return init.orthogonal(spec.widths, spec.scale, jax.random.key(spec.seed))
         case BalancedInit():
             start = spec.target if spec.target is not None else spec.scale or 1.0
             return init.balanced(start, spec.widths, _optional_key(spec.seed))

@@ -193,7 +193,7 @@ def test_what_is_neglected_is_of_the_size_of_the_relative_error():
 
 def test_label_noise_ends_at_equal_block_traces():
     """Widths 1-2-3, whitened: |W_2|^2 / |W_1|^2 -> d_2 / d_0 = 3, and D does not halve."""
-    net = gf.init.gaussian([1, 2, 3], jax.random.key(0), 1.0)
+    net = gf.init.gaussian([1, 2, 3], key=jax.random.key(0))
     data = gf.Regression.whitened([[0.8], [0.5], [-0.3]])
     found = gf.predict(gf.Problem(data, [gf.LabelNoise(STD)]), net, SlowFlow(H, finite_step=False))
     assert found.end is not None and found.finite_step is None

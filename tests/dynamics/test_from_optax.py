@@ -145,7 +145,7 @@ def test_polyak_steps_by_hand():
 def test_the_loss_of_a_step_has_the_gradient_of_the_step(regularizers):
     x = np.random.default_rng(3).normal(size=(4, 2))
     problem = gf.Problem(gf.Regression.from_samples(x, x @ [[1.0], [0.5]]), regularizers)
-    net = gf.init.gaussian((2, 3, 1), jax.random.key(5))
+    net = gf.init.gaussian((2, 3, 1), key=jax.random.key(5))
     stream = Stream(jnp.zeros((2,), jnp.uint32), jnp.arange(1), jnp.arange(1))
     draw = jax.tree.map(lambda leaf: leaf[0, ..., 0], problem.draw(stream, net.widths))
     found = jax.jit(lambda w: problem.sampled_gradient(w, draw))(net.weights)

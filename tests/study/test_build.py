@@ -119,8 +119,8 @@ def test_networks(load):
         text = f'{head}[network]\ninit = "{kind}"\n{keys}\n{RUN}'
         nets[kind] = built(load, text)[0].network
     key = jax.random.key(3)
-    assert same(nets["gaussian"], gf.init.gaussian([1, 3, 1], key, 0.5))
-    assert same(nets["orthogonal"], gf.init.orthogonal([1, 3, 1], key))
+    assert same(nets["gaussian"], gf.init.gaussian([1, 3, 1], 0.5, key))
+    assert same(nets["orthogonal"], gf.init.orthogonal([1, 3, 1], key=key))
     assert same(nets["balanced"], gf.init.balanced([[2.0]], [1, 3, 1]))
     assert same(nets["unbalanced"], gf.init.unbalanced([1, 3, 1], 1.5, key, heavy=2))
 

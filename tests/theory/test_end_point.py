@@ -68,7 +68,7 @@ def test_weight_decay_ends_at_the_balanced_network():
     rate, h = 0.02, 0.1
     target = np.array([[1.2, 0.3], [-0.2, 0.8]])
     problem = problem_of(gf.Regression.whitened(target), decay=rate)
-    net = gf.init.gaussian([2, 3, 2, 2], jax.random.key(1), 0.9)
+    net = gf.init.gaussian([2, 3, 2, 2], 0.9, jax.random.key(1))
     found, end = end_of(problem, net, h)
     assert float(found.half_life) == pytest.approx(np.log(2.0) / (2.0 * rate), rel=1e-6)
     least = np.sum(np.linalg.svd(target, compute_uv=False) ** (2.0 / 3.0))
