@@ -56,10 +56,23 @@ class RunView:
         return np.isfinite(np.atleast_1d(self.dataset["diverged_at"].values))
 
     @property
+    def incomplete(self) -> int:
+        """Returns how many replicas were given up before the end of the run."""
+        if "incomplete_at" not in self.dataset:
+            return 0
+        return int(np.isfinite(self.dataset["incomplete_at"].values).sum())
+
+    @property
     def legend_label(self) -> str:
-        """Returns the label, with the number of diverged replicas where there are any."""
+        """Returns the label, with the number of replicas that ended before the run, if any did."""
         count = int(self.diverged.sum())
-        return f"{self.label} ({diverged_text(count, self.replicas)})" if count else self.label
+        said = [diverged_text(count, self.replicas)] if count else []
+        if self.incomplete:
+            alone = self.replicas == 1
+            said.append(
+                "incomplete" if alone else f"{self.incomplete} of {self.replicas} incomplete"
+            )
+        return f"{self.label} ({', '.join(said)})" if said else self.label
 
     @property
     def is_slow(self) -> bool:

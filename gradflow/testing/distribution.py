@@ -221,6 +221,11 @@ def _of_trajectory(
             f"{role}: {int(run.diverged.sum())} of {run.replicas} replicas diverged; use a smaller "
             "step size or less noise."
         )
+    if run.incomplete.any():
+        raise ValueError(
+            f"{role}: {int(run.incomplete.sum())} of {run.replicas} replicas are incomplete; see the "
+            "warning of simulate, or make the run shorter."
+        )
     if run.normals.antithetic:
         raise ValueError(
             f"{role}: the replicas of the trajectory are antithetic pairs, which are not "

@@ -81,10 +81,13 @@ def run_dynamics(
             store_weights=True,
             progress=False,
         )
-    if run.diverged.any():
+    if run.diverged.any() or run.incomplete.any():
+        ended, cure = "diverged", "use a smaller step size"
+        if run.incomplete.any():
+            ended, cure = "was given up", "see the warning of simulate, or make the run shorter"
         raise AssertionError(
             message(
-                f"{show_subject(dynamics)} diverged before t = {t1:g}; use a smaller step size.",
+                f"{show_subject(dynamics)} {ended} before t = {t1:g}; {cure}.",
                 show_network(net),
                 show_problem(problem),
             )
