@@ -275,9 +275,7 @@ BUILT_IN: dict[str, Observable] = {
 DEFAULT = ("loss", "excess_loss", "imbalance", "squared_norms")
 """What is recorded unless asked otherwise: cheap for every size of network."""
 
-RESERVED = (
-    "time", "effective_time", "step", "replica", "layer", "diverged_at", "incomplete", "incomplete_at"
-)  # fmt: skip
+RESERVED = ("time", "effective_time", "step", "replica", "layer", "diverged_at", "incomplete_at")
 RESERVED_PREFIXES = ("data_", "start_", "width_")
 LAYER_NAME = re.compile(r"W\d+")
 
