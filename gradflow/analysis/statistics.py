@@ -68,8 +68,12 @@ def recorded(trajectory: Trajectory, observable: str) -> np.ndarray:
 
 
 def survivors(trajectory: Trajectory) -> Bool[np.ndarray, " replica"]:
-    """Mask of the replicas that did not diverge; a single path is one replica."""
-    return np.isnan(np.atleast_1d(trajectory.to_xarray()["diverged_at"].values))
+    """Mask of the replicas that reached the end; a single path is one replica."""
+    return ~np.atleast_1d(trajectory.diverged | trajectory.incomplete)
+
+
+def _or_given_up(trajectory: Trajectory) -> str:
+    return " or are incomplete" if trajectory.incomplete.any() else ""
 
 
 def units_of(trajectory: Trajectory) -> Units:
@@ -95,8 +99,8 @@ def read_paths(trajectory: Trajectory, observable: str, defined: bool = True) ->
     kept = units.kept
     if not kept.any():
         raise ValueError(
-            f"all {kept.size} replicas diverged, nothing is left to measure; use a smaller step "
-            "size or less noise"
+            f"all {kept.size} replicas diverged{_or_given_up(trajectory)}, nothing is left to "
+            "measure; use a smaller step size or less noise"
         )
     paths = values[kept]
     if defined and not np.isfinite(paths).all():

@@ -223,8 +223,8 @@ def _of_trajectory(
         )
     if run.incomplete.any():
         raise ValueError(
-            f"{role}: {int(run.incomplete.sum())} of {run.replicas} replicas are incomplete; see the "
-            "warning of simulate, or make the run shorter."
+            f"{role}: {int(run.incomplete.sum())} of {run.replicas} replicas are incomplete; see "
+            "the warning of simulate, or make the run shorter."
         )
     if run.normals.antithetic:
         raise ValueError(
