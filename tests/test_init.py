@@ -90,7 +90,7 @@ def test_orthogonal_is_uniform():
 
 def test_keys_decide():
     for make in (init.gaussian, init.orthogonal, lambda w, k: init.balanced(1.0, w, k)):
-        a, b, c = (layers(make((5, 2, 4), jax.random.key(k))) for k in (0, 0, 1))
+        a, b, c = (layers(make((5, 2, 4), key=jax.random.key(k))) for k in (0, 0, 1))
         assert all(np.array_equal(u, v) for u, v in zip(a, b, strict=True))
         assert not any(np.array_equal(u, v) for u, v in zip(a, c, strict=True))
     old_style = layers(init.gaussian((5, 2, 4), key=jax.random.PRNGKey(0)))
@@ -219,7 +219,7 @@ KEY = jax.random.key(0)
 )
 def test_bad_widths(make, wrong, message):
     with pytest.raises(ValueError, match=message):
-        make(wrong, KEY)
+        make(wrong, key=KEY)
 
 
 def test_numpy_widths_are_fine():
