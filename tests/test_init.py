@@ -1,7 +1,7 @@
 """Initial networks: balancedness, imbalance and end-to-end matrices recomputed with NumPy."""
 
 import re
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
 
 import jax
@@ -89,7 +89,7 @@ def test_orthogonal_is_uniform():
 
 
 def test_keys_decide():
-    for make in (init.gaussian, init.orthogonal, lambda w, k: init.balanced(1.0, w, k)):
+    for make in (init.gaussian, init.orthogonal, partial(init.balanced, 1.0)):
         a, b, c = (layers(make((5, 2, 4), key=jax.random.key(k))) for k in (0, 0, 1))
         assert all(np.array_equal(u, v) for u, v in zip(a, b, strict=True))
         assert not any(np.array_equal(u, v) for u, v in zip(a, c, strict=True))

@@ -235,7 +235,9 @@ def test_simulate_says_what_to_use_inside_jit():
         (gf.StochasticFlow(0.1), "StochasticFlow runs outside of them only"),
     ):
         for watched in (
-            lambda s, flow=flow: gf.simulate(problem, jax.tree.map(jnp.add, NET, NET), flow, t1=s),
+            lambda s, flow=flow: gf.simulate(
+                problem, jax.tree.map(lambda w: s * w, NET), flow, t1=1.0
+            ),
             lambda s, flow=flow: gf.simulate(problem, NET, flow, t1=1.0),
         ):
             with pytest.raises(TypeError, match=instead):
