@@ -56,8 +56,11 @@ def divergence(
     curvature = float(sharpness(DeepLinear(starts[min(path, len(starts) - 1)]), problem))
     if not (np.isfinite(curvature) and curvature > 0.0):
         return f"{text} Use a step size smaller than {h:g}."
-    most = min(h, float(limit) / curvature)
+    share = h * curvature / float(limit)
+    cure = f"use a step size smaller than {h / share:.4g}"
+    if share < 1.0:
+        cure = f"it grew beyond that, or noise did the rest: use a step size smaller than {h:.4g}"
     return (
         f"{text} At its start h lam_max is {h * curvature:.4g}, and steps are stable up to "
-        f"{float(limit):.4g}: use a step size smaller than {most:.4g}."
+        f"{float(limit):.4g}: {cure}."
     )

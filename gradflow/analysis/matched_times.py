@@ -40,6 +40,8 @@ def match_times(
     wanted = saved[first] if times is None else np.asarray(times, dtype=float).reshape(-1)
     if wanted.size == 0:
         raise ValueError(f"times: give one {clock} or more, or None for all saved ones")
+    if not np.all(np.isfinite(wanted)):
+        raise ValueError(f"times: must be finite numbers; got {wanted.tolist()}")
     return {label: _find(label, own, wanted, clock) for label, own in saved.items()}
 
 

@@ -64,12 +64,13 @@ class End(enum.IntEnum):
         return {
             End.STEP_LIMIT: (
                 f"the path had taken {MAX_STEPS:,} solver steps, the limit. The equation is stiff "
-                "there: an implicit solver takes longer steps (GradientFlow(stiff=True), or "
-                "solver=diffrax.Kvaerno5()), or make the run shorter"
+                "there: an implicit solver takes longer steps (stiff=True where there is such an "
+                "option, or solver=diffrax.Kvaerno5()), or make the run shorter"
             ),
             End.COLLAPSE: (
                 "its step size collapsed. The field is not smooth there, as at the kink of a "
-                "penalty: GradientDescent handles it, or smooth the penalty"
+                "penalty: GradientDescent handles it, or smooth the penalty. Without a penalty the "
+                "start is too far out for this flow"
             ),
         }[self]
 

@@ -9,6 +9,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix
 from jaxtyping import Array, ArrayLike
 
@@ -34,7 +35,7 @@ from gradflow.solvers.both_modes import in_both_modes
 from gradflow.solvers.dense_or_krylov import DenseOrKrylov
 from gradflow.solvers.gauss_legendre import GaussLegendre
 from gradflow.streams import Source
-from gradflow.tracing import is_traced
+from gradflow.tracing import as_floats, is_traced
 from gradflow.types import Scalar, Weights
 
 
@@ -131,9 +132,29 @@ class AbstractOdeFlow(AbstractDynamics):
         - `times`: `(T,)` flow times >= 0.
 
         **Returns:** the weights, NaN from the first time that could not be reached.
+
+        **Raises:** `TypeError` or `ValueError` naming the argument that makes no sense.
         """
-        stops = jnp.asarray(times, jnp.result_type(float))
+        if not isinstance(problem, Problem) or not isinstance(net, DeepLinear):
+            raise TypeError(
+                "solve takes (problem, net, times), a Problem and a DeepLinear; got "
+                f"{type(problem).__name__} and {type(net).__name__}."
+            )
+        stops = _checked_stops(times)
         return in_both_modes(_solved_forward, _solved_reverse, (self, problem, net, stops))
+
+
+def _checked_stops(times: ArrayLike | Sequence[float]) -> Array:
+    """The times as an array; what is traced has a shape only."""
+    stops = as_floats(times)
+    if stops.ndim != 1:
+        raise ValueError(f"times must be a list of flow times; got shape {stops.shape}.")
+    if is_traced(stops):
+        return stops
+    known = np.asarray(stops)
+    if not (np.all(np.isfinite(known)) and np.all(known >= 0.0) and np.all(np.diff(known) >= 0.0)):
+        raise ValueError(f"times must be finite, >= 0 and increasing; got {known.tolist()}.")
+    return stops
 
 
 @eqx.filter_jit

@@ -156,3 +156,17 @@ def test_a_field_that_depends_on_time_is_integrated_over_the_time_asked_for(size
             np.testing.assert_allclose(part[:, path], expected, rtol=0.0, atol=1e-9)
     # A short link neither shortens nor lengthens what comes next.
     assert np.all((0.5 * before < memory.planned) & (memory.planned < 3.0 * before))
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([1.0, 0.0], "increasing"),
+        ([-1.0, 1.0], ">= 0"),
+        ([0.0, np.nan], "finite"),
+        (1.0, "list of flow times"),
+    ],
+)
+def test_times_that_make_no_sense_are_refused(times: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        gf.GradientFlow().solve(PROBLEM, NET, times)
