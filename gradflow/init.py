@@ -17,6 +17,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from scipy.optimize import root_scalar
 
 from gradflow.network import DeepLinear
+from gradflow.tracing import float_of
 
 Widths: TypeAlias = Sequence[SupportsIndex]
 """The widths `(d_0, ..., d_N)`, input first."""
@@ -315,7 +316,7 @@ def _checked_numbers(target: object) -> Float[np.ndarray, "..."]:
 def _checked_scale(scale: Any) -> float:
     if _is_key(scale):
         raise TypeError("init.scale: got a random key; the key comes third, or as key=....")
-    value = float(scale)
+    value = float_of(scale)
     if not 0 < value < np.inf:
         raise ValueError(f"init.scale: got {value}; it must be a positive finite number.")
     return value

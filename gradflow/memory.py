@@ -1,5 +1,6 @@
 """How many paths are held at once."""
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -67,3 +68,14 @@ def _of_container() -> int:
     if not most.exists() or most.read_text().strip() == "max":
         return 2**63
     return max(int(most.read_text()) - int(now.read_text()), 0)
+
+
+def check_room(arrays: Iterable[Any], devices: Iterable[Any]) -> None:
+    """Raise a `MemoryError` if not even one path, of such arrays, finds room for one step."""
+    needed = COPIES * sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+    there = available(devices)
+    if needed > there:
+        raise MemoryError(
+            f"a step of one path takes {needed / 1e9:.3g} GB, random numbers included, and "
+            f"{there / 1e9:.3g} GB are free; use a smaller batch or a smaller network."
+        )

@@ -251,6 +251,11 @@ def _grid_steps(steps: int, save: Save, spacing: Spacing, h: float, end: float) 
 
 def _checked_times(save: Save, end: float) -> np.ndarray:
     """Explicit times in double precision; the end itself where one is its rounding."""
+    if isinstance(save, np.ma.MaskedArray):
+        raise TypeError(
+            "save: got a masked array, whose mask would be lost; leave out what is masked, or take "
+            "save.compressed()."
+        )
     try:
         given = np.asarray(save)
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from gradflow.dynamics.base import AbstractDynamics, squared_norm
 from gradflow.dynamics.normals import check_normals, check_pairs
 from gradflow.ensemble_statistics import QUANTILES, EnsembleStatistics
 from gradflow.labels import labelled
-from gradflow.memory import COPIES, available, paths_at_once
+from gradflow.memory import check_room, paths_at_once
 from gradflow.network import DeepLinear, widths_of
 from gradflow.observables import BUILT_IN, Observable, ObservableSpec, resolve
 from gradflow.problem import Problem
@@ -190,7 +189,7 @@ def simulate(
     storing = stored <= STORED_BY_DEFAULT if store_weights is None else store_weights
     shapes = dynamics.noise_shapes(problem, widths_of(layers))
     held = (*layers, *jax.tree.leaves(shapes))
-    _check_room(held)
+    check_room((*held, *_rows_of_a_step(problem)), jax.local_devices())
     size = min(total, _fitting(held, total) if chunk is None else chunk)
     size += size % 2 if paired else 0  # statistics need both replicas of a pair at once
 
@@ -216,7 +215,8 @@ def simulate(
     if record.times == 0:
         raise KeyboardInterrupt
     dataset = labelled(record, plan, chosen, len(layers), replica_axis, quantiles, dynamics)
-    _warn_of_overflow(dataset, chosen)
+    if not record.lost:
+        _warn_of_overflow(dataset, chosen)
     done = record.paths
     if record.end is not None:
         lost = record.lost - len(record.incomplete)
@@ -409,15 +409,12 @@ def _check_norms(weights: Weights) -> None:
         )
 
 
-def _check_room(arrays: Sequence[Any]) -> None:
-    """Raise a `MemoryError` if not even one path finds room for one step."""
-    needed = COPIES * sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
-    there = available(jax.local_devices())
-    if needed > there:
-        raise MemoryError(
-            f"a step of one path takes {needed / 1e9:.3g} GB, random numbers included, and "
-            f"{there / 1e9:.3g} GB are free; use a smaller batch or a smaller network."
-        )
+def _rows_of_a_step(problem: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The rows of the sample that a step gathers, if it takes a batch of them."""
+    rule, data = problem.minibatch, problem.data
+    if rule is None or data.x is None:
+        return ()
+    return (jax.ShapeDtypeStruct((rule.size(), data.d_in + data.d_out), data.x.dtype),)
 
 
 def _warn_of_overflow(dataset: xr.Dataset, chosen: Sequence[Observable]) -> None:

@@ -199,3 +199,24 @@ def test_what_is_infinite_is_said():
     assert "infinite at t = 0" in str(caught[0].message)
     product = 1.0 / (1.0 - np.exp(-1.0))
     np.testing.assert_allclose(run["loss"][-1], 0.5 * (product - 1.0) ** 2, rtol=1e-12)
+
+
+def test_a_batch_beyond_memory_is_refused():
+    data = gf.Regression.from_samples([[0.5], [1.0]], [[0.5], [1.0]])
+    problem = gf.Problem(data, [gf.Minibatch(10**9, replacement=True)])
+    net = gf.DeepLinear([[[1.0]], [[0.5]]])
+    with pytest.raises(MemoryError, match="use a smaller batch"):
+        gf.simulate(problem, net, gf.GradientDescent(0.1), steps=1, save=2, key=jax.random.key(0))
+
+
+def test_a_scale_beyond_the_floats_is_refused():
+    with pytest.raises(ValueError, match=r"init\.scale: got inf"):
+        gf.init.gaussian.__wrapped__((1, 1, 1), 10**400, jax.random.key(0))
+
+
+def test_what_diverges_is_not_said_to_overflow(recwarn: pytest.WarningsRecorder):
+    problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.1)])
+    net = gf.DeepLinear([[[2.0]], [[0.1]]])
+    gf.simulate(problem, net, gf.GradientDescent(5.0), steps=50, replicas=4,
+                key=jax.random.key(0), keep="statistics")  # fmt: skip
+    assert {w.category for w in recwarn} == {gf.DivergedWarning}
