@@ -168,7 +168,8 @@ def test_the_state_is_given_back_to_the_next_step():
     words = jax.random.key_data(KEY)
     paths = devices.placed(jnp.arange(2, dtype=jnp.uint32), along_last(1))
     moving = RUNNER._Moving(dynamics, NOISY, Source(words, paths), (), False, 4, devices, layout)
-    after, _ = RUNNER._run_slice((moving, np.arange(0, 3 * 257, 3), np.asarray(2)), state)
+    fixed = moving, np.arange(0, 3 * 257, 3), np.asarray(2), np.asarray(16)
+    after, *_ = RUNNER._run_slice(fixed, (state, np.zeros(2, np.int32)))
     assert all(array.is_deleted() for array in before)
     assert np.isfinite(np.asarray(after.weights[0])).all()
 
