@@ -211,7 +211,7 @@ def _table(rows: tuple[ComparisonRow, ...], clock: Clock) -> list[str]:
                 f"{r.mean_first:.6g}",
                 f"{r.difference:+.2e}",
                 f"{r.standard_error:.1e}",
-                f"{r.sigmas:+.1f}",
+                "exact" if r.standard_error == 0.0 else f"{r.sigmas:+.1f}",
                 f"{r.relative:+.2%}",
                 r.verdict + needed,
             )
