@@ -94,7 +94,8 @@ class Progress(eqx.Module):
     def at_start(cls, paths: int) -> "Progress":
         """That of paths at flow time 0."""
         counts = jnp.zeros((paths,), jnp.int32)
-        return cls(jnp.zeros((paths,)), counts, jnp.copy(counts), jnp.copy(counts))
+        without_limit = jnp.full_like(counts, jnp.iinfo(counts.dtype).max)
+        return cls(jnp.zeros((paths,)), counts, without_limit, jnp.copy(counts))
 
     def on_the_way(self, stop: Array) -> Bool[Array, "*paths"]:
         """Which paths have neither ended nor reached flow time `stop`."""

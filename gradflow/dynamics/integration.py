@@ -78,7 +78,7 @@ class SolverMemory(eqx.Module):
         """That of the weights at the start."""
         nothing = jnp.zeros((weights[0].shape[-1],), weights[0].dtype)
         count = jnp.zeros(nothing.shape, jnp.int32)
-        rest = RestMemory(count, jnp.full_like(nothing, jnp.inf))
+        rest = RestMemory(count, jnp.copy(count), jnp.full_like(nothing, jnp.inf))
         size = over_paths(largest)(weights)
         return cls(
             nothing, rest, smallest_size(weights), size, jnp.copy(nothing), jnp.zeros_like(count)
@@ -152,7 +152,8 @@ def advance_a_little(
 
     def explodes(state: Any, time: Array, memory: SolverMemory) -> Array:
         velocity, size = largest(field(time, state, problem)), largest(state)
-        return ~(velocity * memory.planned <= RUNAWAY * size) & ~(size <= memory.size)
+        changes = ~(velocity * memory.planned <= RUNAWAY * size)
+        return ~jnp.isfinite(velocity) | (changes & ~(size <= memory.size))
 
     collapsed = moves & (solved.failed | (memory.short >= SHORT_STEPS))
     runaway = jax.lax.cond(
@@ -197,6 +198,8 @@ def integrate(
         # which takes as long as a step of a small equation; for a constant the compiler does it.
         length = stop - start
         unit = jnp.where(length > 0.0, length, 1.0)  # of solver time; nothing is divided by 0
+        # Step lengths carry no derivative, and that of an infinite one would be NaN.
+        unit, memory = jax.lax.stop_gradient((unit, memory))
         state, restore = _flattened(state)
 
         def scaled_field(s: Any, y: Any, problem: Problem) -> Any:
@@ -205,7 +208,7 @@ def integrate(
 
         pid = diffrax.PIDController(rtol, atol, pcoeff=PROPORTIONAL, icoeff=INTEGRAL)
         relative = RelativeErrors(pid, memory.smallest)
-        rest = RestMemory(memory.rest.still, memory.rest.stable / unit)
+        rest = eqx.tree_at(lambda r: r.stable, memory.rest, memory.rest.stable / unit)
         resumable = ResumableController(relative, memory.planned / unit, origin=start / unit)
         solution = diffrax.diffeqsolve(
             _terms(solver, scaled_field),
@@ -222,7 +225,8 @@ def integrate(
             throw=False,
         )
         (_, planned), rest, *_ = cast(tuple[Any, ...], solution.controller_state)
-        rest = RestMemory(rest.still, unit * rest.stable)
+        planned, rest = jax.lax.stop_gradient((planned, rest))
+        rest = eqx.tree_at(lambda r: r.stable, rest, unit * rest.stable)
         assert solution.ts is not None
         arrived = (solution.result == diffrax.RESULTS.successful) | is_at_rest(rest.still)
         time = jnp.where(arrived, stop, start + length * solution.ts[0])

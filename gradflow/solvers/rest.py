@@ -26,6 +26,12 @@ ROUNDING = 256.0
 NEGLIGIBLE = 0.1
 """Share of the relative tolerance by which a still state may move until the end of the solve."""
 
+CALM = 1000
+"""Quiet steps after which they are kept short: before, to step at the edge is the fastest way."""
+
+QUIET = 30.0
+"""Displacement of a quiet step at the most, in relative tolerances of the state."""
+
 LONGER = 2.0
 """Factor by which a step of a quiet state may be longer than the one before."""
 
@@ -38,10 +44,12 @@ class RestMemory(NamedTuple):
     """What a solve leaves to the next one about rest.
 
     - `still`: still steps in a row.
+    - `quiet`: quiet steps since something moved.
     - `stable`: the longest step that a quiet state is let take; infinite for one that moves.
     """
 
     still: Int[Array, "..."]
+    quiet: Int[Array, "..."]
     stable: Float[Array, "..."]
 
 
@@ -56,9 +64,9 @@ class RestController(AbstractWrappingController):
     of still steps that says why: see `is_at_rest`. Drifts along the minima, such as that of weight
     decay, are not still while they go anywhere.
 
-    At the edge of stability itself a state trembles by its tolerance. Where a step moves it by no
-    more than that (it is *quiet*), a quarter of the length of a step that was rejected is the
-    longest that is taken from then on: inside the edge the trembling dies out and leaves what
+    At the edge of stability itself a state trembles by its tolerance. After `CALM` steps that move
+    it by not much more than that (they are *quiet*) a quarter of the length of a step that was
+    rejected is the longest that is taken: inside the edge the trembling dies out and leaves what
     really moves.
 
     **Arguments:**
@@ -117,7 +125,7 @@ class RestController(AbstractWrappingController):
         controller_state: tuple[Any, RestMemory, Array, Array],
     ) -> tuple[Any, Any, Any, Any, tuple[Any, RestMemory, Array, Array], diffrax.RESULTS]:
         """Adapt as the wrapped controller does, count still steps and keep quiet ones short."""
-        inner, (still, stable), end, before = controller_state
+        inner, (still, calm, stable), end, before = controller_state
         keep, next_t0, next_t1, made_jump, inner, result = self.controller.adapt_step_size(
             t0, t1, y0, y1_candidate, args, y_error, error_order, inner
         )
@@ -129,7 +137,9 @@ class RestController(AbstractWrappingController):
         slow = speed * (end - t0) <= NEGLIGIBLE * self.rtol * size
         is_still = rounded | (slow & (speed <= before))
         # Rejected steps say nothing of the state, but how long a step may be.
-        quiet = jnp.where(keep, moved, before * length) <= self.rtol * size
+        is_quiet = jnp.where(keep, moved, before * length) <= QUIET * self.rtol * size
+        calm = jnp.where(is_quiet, calm + keep.astype(calm.dtype), 0)
+        quiet = is_quiet & (calm >= CALM)
         still = jnp.where(keep, jnp.where(is_still, still + 1, 0), still)
         stable = jnp.where(quiet, stable, jnp.inf)
         if self.is_explicit:
@@ -140,7 +150,7 @@ class RestController(AbstractWrappingController):
         before = jnp.where(keep, speed, before)
         rests = is_at_rest(still) & keep & (next_t0 < end)
         result = diffrax.RESULTS.where(rests, diffrax.RESULTS.dt_min_reached, result)
-        memory = RestMemory(still, stable)
+        memory = RestMemory(still, calm, stable)
         return keep, next_t0, next_t1, made_jump, (inner, memory, end, before), result
 
 

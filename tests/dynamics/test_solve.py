@@ -97,7 +97,8 @@ def test_a_time_that_is_reached_costs_nothing():
         return -y
 
     rtol, ones = jnp.array(1e-8), (jnp.ones((1, 1)),)
-    memory = eqx.tree_at(lambda m: m.planned, SolverMemory.at_start(ones), jnp.array([0.3]))
+    memory = SolverMemory.at_start(tuple(y[:, None] for y in ones))
+    memory = eqx.tree_at(lambda m: m.planned, memory, jnp.array([0.3]))
     for stop in (0.5, 0.7):
         solved = integrate(
             field, gf.solvers.DormandPrince853(), rtol, rtol, PROBLEM, ones[0], memory,
@@ -141,7 +142,7 @@ def test_a_field_that_depends_on_time_is_integrated_over_the_time_asked_for(size
     starts = np.array([[0.5, 1.2], [0.1, -0.4]])  # angle and speed of both paths
     states = tuple(jnp.broadcast_to(row, (size, 2)) for row in starts)
     rtol, atol = jnp.array(1e-11), jnp.array(1e-12)
-    memory = SolverMemory.at_start(states)
+    memory = SolverMemory.at_start(tuple(y[:, None] for y in states))
     for start, stop in ((0.7, 1.9), (1.9, 2.0)):
         before = memory.planned
         solved = integrate(
