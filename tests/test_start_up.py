@@ -79,4 +79,5 @@ def test_a_second_process_compiles_nothing(tmp_path: Path):
         )
         found.append((done.stderr.count(MISS), done.stderr.count(HIT)))
     (compiled, none), (missed, kept) = found
-    assert (none, missed) == (0, 0) and kept == compiled > 10
+    # A small program may be needed twice, inside and outside of a trace.
+    assert none <= 2 and missed == 0 and kept == compiled + none and compiled > 10

@@ -50,6 +50,9 @@ BACKWARD = diffrax.RecursiveCheckpointAdjoint(CHECKPOINTS)
 MANY = 1000
 """Size of the state from which on its layers are kept apart: putting them together costs more."""
 
+HUGE = 1e100
+"""Numbers in a state that any step would make overflow."""
+
 VectorField: TypeAlias = Callable[[Any, Any, Problem], Any]
 """The time derivative of the state of one path, a function of (t, state, problem)."""
 
@@ -153,7 +156,8 @@ def advance_a_little(
     def explodes(state: Any, time: Array, memory: SolverMemory) -> Array:
         velocity, size = largest(field(time, state, problem)), largest(state)
         changes = ~(velocity * memory.planned <= RUNAWAY * size)
-        return ~jnp.isfinite(velocity) | (changes & ~(size <= memory.size))
+        overflows = ~jnp.isfinite(velocity) | (size > HUGE)
+        return overflows | (changes & ~(size <= memory.size))
 
     collapsed = moves & (solved.failed | (memory.short >= SHORT_STEPS))
     runaway = jax.lax.cond(

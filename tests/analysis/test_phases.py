@@ -338,16 +338,17 @@ def test_what_was_not_recorded_is_computed_from_the_stored_weights(problem, dyna
 
 
 def test_arrays_are_computed_afterwards_and_stay_nan_where_a_replica_diverged():
-    run = gf.simulate(
-        gf.Problem(LABEL_NOISE.data),
-        [SCALARS, gf.DeepLinear([np.array([[30.0]]), np.array([[0.1]])])],
-        gf.GradientDescent(0.05),
-        steps=40,
-        save=5,
-        observables=["loss"],
-        store_weights=True,
-        progress=False,
-    )
+    with pytest.warns(gf.DivergedWarning):
+        run = gf.simulate(
+            gf.Problem(LABEL_NOISE.data),
+            [SCALARS, gf.DeepLinear([np.array([[30.0]]), np.array([[0.1]])])],
+            gf.GradientDescent(0.05),
+            steps=40,
+            save=5,
+            observables=["loss"],
+            store_weights=True,
+            progress=False,
+        )
     norms = recorded(run, "squared_norms")
     assert norms.shape == (2, 5, 2)
     stored = np.stack([w[..., 0, 0] ** 2 for w in run.weights], axis=-1)
