@@ -138,7 +138,7 @@ class RestController(AbstractWrappingController):
         is_still = rounded | (slow & (speed <= before))
         # Rejected steps say nothing of the state, but how long a step may be.
         is_quiet = jnp.where(keep, moved, before * length) <= QUIET * self.rtol * size
-        calm = jnp.where(is_quiet, calm + keep.astype(calm.dtype), 0)
+        calm = jnp.where(is_quiet, calm + jnp.where(keep, 1, 0), 0)
         quiet = is_quiet & (calm >= CALM)
         still = jnp.where(keep, jnp.where(is_still, still + 1, 0), still)
         stable = jnp.where(quiet, stable, jnp.inf)
