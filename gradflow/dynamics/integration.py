@@ -162,7 +162,11 @@ def advance_a_little(
     collapsed = moves & (solved.failed | (memory.short >= SHORT_STEPS))
     runaway = jax.lax.cond(
         jnp.any(collapsed),
-        lambda: over_paths(explodes)(solved.states, solved.time, memory),
+        lambda: in_groups(
+            lambda group: over_paths(explodes)(*group),
+            (solved.states, solved.time, memory),
+            decomposed_together(tuple(jax.tree.leaves(states))) if few == FEWEST else moves.size,
+        ),
         lambda: jnp.zeros_like(collapsed),
     )
     limit = moves & (solved.time < stop) & (steps >= MAX_STEPS)
