@@ -46,10 +46,6 @@ STARTS = [
     (1e150, 1e-150), (1e200, 0.1), (0.1, 1e160), (0.0, 0.0), (0.0, 1e8),
 ]  # fmt: skip
 
-LARGEST_ADAPTIVE = 1e3
-"""Adaptive steps collapse beyond, which is tested with the step control."""
-ADAPTIVE = ("GradientFlow", "conservative", "ModifiedFlow", "PrincipalFlow", "HeavyBallFlow")
-
 # The quick part.
 QUICK = [
     ("GradientDescent", "labels"), ("momentum", "weight decay"), ("adam", "none"),
@@ -82,13 +78,12 @@ def check(dynamics: gf.AbstractDynamics, regularizers: list[Any], start: tuple[f
         if name == "diverged_at" or variable.dtype.kind != "f":
             continue
         assert flagged or not np.isnan(variable).any(), (start, name, variable.values)
-        assert f"{name} is infinite" in said or not np.isinf(variable).any(), (start, name)
+        told = flagged or f"{name} is infinite" in said
+        assert told or not np.isinf(variable).any(), (start, name)
 
 
 def check_all(dynamics: str, regularizer: str):
     for start in STARTS:
-        if dynamics in ADAPTIVE and max(start) > LARGEST_ADAPTIVE:
-            continue
         check(DYNAMICS[dynamics](), REGULARIZERS[regularizer], start)
 
 
