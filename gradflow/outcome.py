@@ -138,6 +138,15 @@ class AbstractOutcome(abc.ABC):
         return path
 
     @classmethod
+    def check(cls, name: str, value: object) -> None:
+        """Raise a `TypeError` that names the argument unless it is such a run."""
+        if not isinstance(value, cls):
+            raise TypeError(
+                f"{name} must be a {cls.__name__}, as simulate and {cls.__name__}.load give it; "
+                f"got {value!r}."
+            )
+
+    @classmethod
     def load(cls: type[Outcome], path: str | Path) -> Outcome:
         """Read what `save` has written.
 

@@ -1,5 +1,6 @@
 """When a run is saved."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -178,7 +179,7 @@ def _scheduled(
             wanted = np.append(0.0, np.geomspace(times[-1], times[times > 0.0][0], count - 1))
     else:
         wanted = _checked_times(save, end)
-    saved = np.unique(_nearest(times, wanted))
+    saved = _distinct(_nearest(times, wanted), save)
     return Schedule(saved, times[saved], saved)
 
 
@@ -246,7 +247,20 @@ def _grid_steps(steps: int, save: Save, spacing: Spacing, h: float, end: float) 
         positive = np.round(np.geomspace(steps, 1, count - 1)).astype(int)
         return np.unique(np.concatenate([[0], positive]))
     times = _checked_times(save, end)
-    return np.unique(np.minimum(np.round(times / h).astype(int), steps))
+    return _distinct(np.minimum(np.round(times / h).astype(int), steps), save)
+
+
+def _distinct(steps: np.ndarray, save: Save) -> np.ndarray:
+    """The steps without repetition; warns if times that were given are the same step."""
+    distinct = np.unique(steps)
+    if distinct.size < steps.size and not isinstance(save, int | np.integer):
+        warnings.warn(
+            f"save: only {distinct.size} of the {steps.size} times are different steps of this "
+            "run; every step is saved once, at its own flow time.",
+            UserWarning,
+            stacklevel=5,
+        )
+    return distinct
 
 
 def _checked_times(save: Save, end: float) -> np.ndarray:

@@ -27,6 +27,7 @@ from gradflow.observables import BUILT_IN, Observable, ObservableSpec, resolve
 from gradflow.problem import Problem
 from gradflow.progress import ProgressBar, Report, automatic
 from gradflow.record import AbstractRecord, PathRecord, StatisticsRecord
+from gradflow.regularizers.weight_decay import WeightDecay
 from gradflow.runner import Runner
 from gradflow.schedule import Save, Spacing, schedule
 from gradflow.streams import Normals
@@ -180,6 +181,7 @@ def simulate(
     words = _key_words(key)
     stacked = _stacked(starts, 0, len(starts))
     _check_norms(stacked)
+    _check_penalties(problem, stacked)
     dynamics.check(problem, stacked)
     layers = starts[0]
     check_normals(normals, dynamics, problem, widths_of(layers))
@@ -288,6 +290,8 @@ def repeat(trajectory: Trajectory | EnsembleStatistics) -> Trajectory | Ensemble
 
     **Raises:** `ValueError` if it recorded observables of the user's own, which are not stored.
     """
+    if not isinstance(trajectory, EnsembleStatistics):
+        Trajectory.check("trajectory", trajectory)
     names = json.loads(trajectory.attrs["observables"])
     unknown = [n for n in names if n not in BUILT_IN]  # built-in names cannot be taken by others
     if unknown:
@@ -407,6 +411,27 @@ def _check_norms(weights: Weights) -> None:
             f"net: weights as large as {largest:.3g} overflow when squared, beyond "
             f"{np.finfo(dtype).max:.2g}; rescale the network and the data."
         )
+
+
+def _check_penalties(problem: Problem, weights: Weights) -> None:
+    """Raise a `ValueError` for a penalty that has no value or gradient at a start."""
+    for penalty in problem.penalties:
+        if isinstance(penalty, WeightDecay):
+            continue  # finite where the norms are
+        value, slope = jax.vmap(
+            lambda w, p=penalty: (p.penalty(w), p.penalty_gradient(w)), in_axes=-1, out_axes=-1
+        )(weights)
+        name = getattr(penalty, "name", type(penalty).__name__)
+        slopes = np.concatenate([np.asarray(g).reshape(-1, g.shape[-1]) for g in slope])
+        finite = {"value": np.isfinite(value), "gradient": np.isfinite(slopes).all(axis=0)}
+        for what, there in finite.items():
+            if not np.all(there):
+                raise ValueError(
+                    f"net: the {what} of the penalty {name!r} is not finite at "
+                    f"{'the start' if there.size == 1 else f'start {int(np.argmin(there))}'}, where "
+                    "no run can begin; start elsewhere, or smooth the penalty there (the gradient "
+                    "of a norm or a root at 0 is NaN under jax.grad)."
+                )
 
 
 def _rows_of_a_step(problem: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -27,9 +27,10 @@ _computed: WeakKeyDictionary[Trajectory, dict[str, xr.DataArray]] = WeakKeyDicti
 def recorded_array(trajectory: Trajectory, name: str) -> xr.DataArray:
     """An observable as it was recorded; else, if it is a built-in one, of the stored weights.
 
-    **Raises:** `Unmeasured` if it was not recorded and cannot be computed; `ValueError` if theory
-    does not have it for this dynamics.
+    **Raises:** `TypeError` if it is no `Trajectory`; `Unmeasured` if it was not recorded and cannot
+    be computed; `ValueError` if theory does not have it for this dynamics.
     """
+    Trajectory.check("trajectory", trajectory)
     dataset = trajectory.to_xarray()
     if name in dataset.data_vars:
         return dataset[name]

@@ -75,6 +75,7 @@ def optimization_end(
 
     **Raises:** `ValueError` if an observable that is needed was not recorded.
     """
+    Trajectory.check("trajectory", trajectory)
     if not eps > 0.0:
         raise ValueError(f"eps must be positive, for example 0.1; got {eps}")
     check_confidence(confidence)

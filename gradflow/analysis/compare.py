@@ -157,6 +157,8 @@ def compare_trajectories(
         raise ValueError(f"tolerance must be positive, for example 0.05; got {tolerance}")
     if len(trajectories) < 2:
         raise ValueError(f"a comparison needs two or more trajectories; got {len(trajectories)}")
+    for label, run in trajectories.items():
+        Trajectory.check(f"trajectories[{label!r}]", run)
     clock = EFFECTIVE if differ_in_momentum(r.dynamics for r in trajectories.values()) else FLOW
     saved = {
         label: np.asarray(run.time, dtype=float) / _pace(run.dynamics, clock)

@@ -6,7 +6,7 @@ import numpy as np
 
 from gradflow.divergence import no_diverged_warning
 from gradflow.dynamics import GradientDescent, GradientFlow
-from gradflow.geometry.curvature import minima_spectrum, smallest_positive
+from gradflow.geometry.curvature import minima_spectrum, sharpness, smallest_positive
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.simulate import simulate
@@ -38,6 +38,20 @@ nonzero_spectrum = eqx.filter_jit(minima_spectrum)
 def _output_gradient_norm(net: DeepLinear, problem: Problem):
     """$|M|$, the norm of the end-to-end gradient."""
     return jnp.linalg.norm(net.end_to_end @ problem.data.sxx - problem.data.syx)
+
+
+def _beyond_edge(clean: Problem, net: DeepLinear, mover: GradientDescent | GradientFlow) -> str:
+    """That steps are not stable at a network; empty if they are."""
+    if not isinstance(mover, GradientDescent) or mover.stability_limit is None:
+        return ""
+    h, limit = float(mover.step_size), float(mover.stability_limit)
+    share = h * float(sharpness(net, clean))
+    if share < 0.9 * limit:
+        return ""
+    return (
+        f"it has come to the edge of stability: h lam_max is {share:.4g} there, and steps are "
+        f"stable up to {limit:.4g}; use a smaller step size, well below {h:g}"
+    )
 
 
 def noise_free_run(
@@ -79,6 +93,8 @@ def noise_free_run(
         if h and length >= MOST_STEPS * h:
             break
         length *= 4.0
+    if why := _beyond_edge(clean, run.network(-1), mover):
+        raise ValueError(f"dynamics: noise-free training settles at no minimum, since {why}.")
     raise ValueError(
         f"net: noise-free training has not reached a minimum by t = {length:.3g} (excess loss "
         f"{excess[-1]:.3g}, from {excess[0]:.3g}); it may sit at a saddle, or hidden layers may "

@@ -73,9 +73,13 @@ class Phases:
             lines = [f"{end} ({self.criterion}, eps = {self.eps:.3g})"]
         else:
             lines = [f"optimization phase has no end: {self.reason}"]
-        error = self.optimization_rate_error
-        spread = f" +- {error:.2g}" if np.isfinite(error) else ""
-        lines.append(f"optimization rate {self.optimization_rate:.6g}{spread} per unit flow time")
+        if np.isfinite(self.optimization_rate):
+            error = self.optimization_rate_error
+            spread = f" +- {error:.2g}" if np.isfinite(error) else ""
+            rate = f"{self.optimization_rate:.6g}{spread}"
+            lines.append(f"optimization rate {rate} per unit flow time")
+        else:
+            lines.append("optimization rate not measured")
         if self.regularization_rate is not None:
             lines.append(str(self.regularization_rate))
         if np.isfinite(self.separation):

@@ -13,7 +13,7 @@ from gradflow.analysis.boundary import first_crossing
 from gradflow.analysis.edge import beyond_the_edge, optimization_rate, unstable
 from gradflow.analysis.noise_free_run import noise_free_run, nonzero_spectrum
 from gradflow.analysis.overlap import overlap
-from gradflow.analysis.prediction import Prediction, RateLaw, Theory, is_number
+from gradflow.analysis.prediction import Prediction, RateLaw, Theory, is_number, rounded_speed
 from gradflow.data import Regression
 from gradflow.dynamics import (
     SVAG,
@@ -42,12 +42,6 @@ from gradflow.theory.floor import total_decay
 from gradflow.theory.stationary import stationary_covariance
 from gradflow.trajectory import Trajectory
 from gradflow.types import Scalar
-
-STILL = 1e-10
-"""Drift of the imbalance, relative to what drives the slow flow, that is rounding."""
-
-ROUNDING = 1e-15
-"""The same, relative to the curvature times |W|^2."""
 
 OVERLAPPING = 0.01
 """Change of the imbalance in the optimization phase, relative to it, that is worth a note."""
@@ -275,7 +269,8 @@ class _Run:
             compounded = start.training
             drift += self.h * float(total_decay(self.problem)) ** 2 * distance
         size = float(jnp.sqrt(jnp.sum(squared_norms(start.limit))))
-        if abs(drift) <= size * (STILL * found.force + ROUNDING * start.spectrum[-1] * size):
+        rounding = float(size * rounded_speed(found.force, start.spectrum[-1], size))
+        if abs(drift) <= rounding:
             drift = 0.0
         decay = _decay_rate(drift, distance, compounded)
         return RateLaw(
@@ -297,7 +292,9 @@ class _Run:
             has_noise=self.random,
             largest_step_size=largest,
             reason="; ".join(
-                self._reasons(start, settles, distance, drift, decay, exact, floor, largest)
+                self._reasons(
+                    start, settles, distance, drift, rounding, decay, exact, floor, largest
+                )
             ),
         )
 
@@ -326,6 +323,7 @@ class _Run:
         settles: bool,
         distance: float,
         drift: float,
+        rounding: float,
         decay: float,
         exact: bool,
         floor: float,
@@ -353,7 +351,7 @@ class _Run:
         if distance <= BALANCED * float(jnp.sum(squared_norms(start.limit))):
             return ["the minimum is balanced: there is no imbalance to decay"]
         if drift == 0.0:
-            return ["the imbalance stands still"]
+            return [f"the imbalance stands still: |dD/dt| is below {rounding:.1g}, its rounding"]
         if decay < 0.0:
             return ["imbalance grows at the minimum: no separation of time scales"]
         if not np.isfinite(decay):

@@ -21,7 +21,7 @@ from gradflow.geometry.manifold import why_singular
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.progress import announced
-from gradflow.theory.end_point import Ending, slow_end
+from gradflow.theory.end_point import Ending, driving_force, slow_end
 from gradflow.theory.slow_noise import NEGLIGIBLE, tangential_noise, tangential_size
 from gradflow.theory.slow_path import slow_point
 from gradflow.theory.spread import imbalance_variance_rate
@@ -34,8 +34,16 @@ Theory: TypeAlias = Literal["leading_order", "finite_step"]
 ZERO = 1e-8
 """Imbalance, relative to |W|^2, that is shown as 0: the slow flow is followed to about this."""
 
-RESTING = 1e-12
-"""Relative change of the weights in a time scale of the optimization phase that is rounding."""
+STILL = 1e-10
+"""Speed of the slow flow, relative to what drives it, that is rounding."""
+
+ROUNDING = 1e-15
+"""The same, relative to the curvature times |W|."""
+
+
+def rounded_speed(force: Any, curvature: Any, size: Any) -> Any:
+    """The speed of a slow flow at weights of that norm that may be rounding."""
+    return STILL * force + ROUNDING * curvature * size
 
 
 @dataclass(frozen=True)
@@ -400,9 +408,12 @@ def _rests(flow: SlowFlow, problem: Problem, weights: Weights) -> Bool[Array, ""
     One draw decides: of noise that acts at all it is almost surely not zero.
     """
     curvature = hessian_trace(DeepLinear(weights), problem.data)
-    size = sum(jnp.sum(w * w) for w in weights)
-    speed = sum(jnp.sum(v * v) for v in flow.velocity(problem, weights))
-    still = speed <= (RESTING * curvature) ** 2 * size
+    size, speed = (
+        jnp.sqrt(sum(jnp.sum(w * w) for w in layers))
+        for layers in (weights, flow.velocity(problem, weights))
+    )
+    force = driving_force(problem, weights, flow.step_size, flow.momentum, flow.finite_step)
+    still = speed <= rounded_speed(force, curvature, size)
     normals = jax.random.normal(jax.random.key(0), (tangential_size(problem, weights),))
     if normals.size == 0:
         return still
