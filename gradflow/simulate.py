@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, Literal, overload
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from gradflow.describe import describe
 from gradflow.devices import Devices
@@ -27,6 +28,7 @@ from gradflow.observables import BUILT_IN, Observable, ObservableSpec, resolve
 from gradflow.problem import Problem
 from gradflow.progress import ProgressBar, Report, automatic
 from gradflow.record import AbstractRecord, PathRecord, StatisticsRecord
+from gradflow.regularizers.base import AbstractPenalty
 from gradflow.regularizers.weight_decay import WeightDecay
 from gradflow.runner import Runner
 from gradflow.schedule import Save, Spacing, schedule
@@ -413,22 +415,26 @@ def _check_norms(weights: Weights) -> None:
         )
 
 
+@eqx.filter_jit
+def _penalty_at(penalty: AbstractPenalty, weights: Weights) -> tuple[Array, Weights]:
+    """The value and the gradient of a penalty on every path."""
+    return jax.vmap(lambda w: (penalty.penalty(w), penalty.penalty_gradient(w)), -1, -1)(weights)
+
+
 def _check_penalties(problem: Problem, weights: Weights) -> None:
     """Raise a `ValueError` for a penalty that has no value or gradient at a start."""
     for penalty in problem.penalties:
         if isinstance(penalty, WeightDecay):
             continue  # finite where the norms are
-        value, slope = jax.vmap(
-            lambda w, p=penalty: (p.penalty(w), p.penalty_gradient(w)), in_axes=-1, out_axes=-1
-        )(weights)
+        value, slope = _penalty_at(penalty, weights)
         name = getattr(penalty, "name", type(penalty).__name__)
         slopes = np.concatenate([np.asarray(g).reshape(-1, g.shape[-1]) for g in slope])
         finite = {"value": np.isfinite(value), "gradient": np.isfinite(slopes).all(axis=0)}
         for what, there in finite.items():
             if not np.all(there):
+                which = "the start" if there.size == 1 else f"start {int(np.argmin(there))}"
                 raise ValueError(
-                    f"net: the {what} of the penalty {name!r} is not finite at "
-                    f"{'the start' if there.size == 1 else f'start {int(np.argmin(there))}'}, where "
+                    f"net: the {what} of the penalty {name!r} is not finite at {which}, where "
                     "no run can begin; start elsewhere, or smooth the penalty there (the gradient "
                     "of a norm or a root at 0 is NaN under jax.grad)."
                 )

@@ -82,6 +82,12 @@ def test_explicit_times():
     assert plan(DESCENT, steps=20, save=[0.0, 2.0]).marks.tolist() == [0, 20]
 
 
+def test_times_that_are_the_same_step_are_saved_once_and_said():
+    with pytest.warns(UserWarning, match="only 2 of the 3 times are different steps"):
+        saved = plan(gf.GradientDescent(0.1), steps=10, save=[0.1, 0.12, 0.5])
+    np.testing.assert_array_equal(saved.step, [1, 5])
+
+
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
 def test_times_in_another_precision_end_at_the_end(kind: Any):
     """Rounded to 32 bits 0.3 is beyond 0.3, and 0.7 before 0.7."""

@@ -310,3 +310,10 @@ def test_iterating_gives_the_names_that_it_takes():
     names = list(run)
     assert {"loss", "imbalance", "W1", "W2"} <= set(names) and all(name in run for name in names)
     assert all(run[name].shape[0] == 2 for name in ("loss", "imbalance"))
+
+
+def test_what_is_no_run_is_named():
+    with pytest.raises(TypeError, match=r"^trajectory must be a Trajectory.*got 'x\.nc'"):
+        gf.Trajectory.check("trajectory", "x.nc")
+    with pytest.raises(TypeError, match=r"^trajectory must be .*got 'x\.nc'"):
+        gf.repeat.__wrapped__("x.nc")

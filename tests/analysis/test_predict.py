@@ -260,6 +260,30 @@ def test_noise_inside_the_network():
     assert still.imbalance_drift == 0.0 and "stands still" in still.reason
 
 
+@pytest.mark.parametrize("std", [1e-2, 1e-6])
+def test_weak_noise_is_not_taken_for_none(std: float):
+    r"""White inputs and $w_1 w_2 = 1$: $\dot D = -h \sigma^2 D$ halves $D$ in $\log 2/h \sigma^2$.
+
+    Steps of size $h$ make the rate $2 / (2 - h \lambda)$ times as large, $\lambda = 4.25$.
+    """
+    problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(std)])
+    found = gf.predict(problem, gf.DeepLinear([[[2.0]], [[0.5]]]), 0.1)
+    rate = 0.1 * std**2
+    assert found.leading_rate == pytest.approx(rate, rel=1e-9)
+    compounded = -math.log1p(-0.1 * rate * 2.0 / (2.0 - 0.425)) / 0.1
+    assert found.imbalance_rate == pytest.approx(compounded, rel=1e-9)
+    assert found.leading_half_life == pytest.approx(math.log(2.0) / rate, rel=1e-6)
+
+
+def test_oscillations_at_the_edge_of_stability_are_no_saddle():
+    x = np.asarray([[0.3, 0.1], [0.8, -0.5], [1.1, 0.4], [1.9, -1.2]])
+    y = np.stack([1.2 * x[:, 0] + 0.1 * x[:, 1] ** 2 + 0.1, x[:, 1] - 0.1 * x[:, 0] ** 2], axis=1)
+    net = gf.init.gaussian((2, 2, 2), 1.0, jax.random.key(0))
+    problem = gf.Problem(gf.Regression.from_samples(x, y), [gf.LabelNoise(0.1)])
+    with pytest.raises(ValueError, match=r"dynamics: .* edge of stability: h lam_max is 4\.158"):
+        gf.predict(problem, net, 0.6)
+
+
 @pytest.mark.parametrize(
     ("dynamics", "message"),
     [

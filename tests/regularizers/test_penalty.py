@@ -171,6 +171,22 @@ def test_a_function_that_gives_no_number_is_refused(function: Any, message: str,
         gf.simulate(problem, NET, dynamics, t1=0.2, save=2)
 
 
+@pytest.mark.parametrize(
+    ("function", "start", "message"),
+    [
+        (lambda w: jnp.sqrt(w[0][0, 0] ** 2), 0.0, "gradient of the penalty 'own' .* at the start"),
+        (lambda w: jnp.sqrt(w[0][0, 0]), -1.0, "value of the penalty 'own' is not finite"),
+    ],
+)
+def test_a_start_without_a_value_is_refused(function: Any, start: float, message: str):
+    net = gf.DeepLinear([[[start], [0.3]], [[0.8, -0.4]]])
+    problem = gf.Problem(DATA, [gf.Penalty(function, name="own")])
+    with pytest.raises(ValueError, match=message):
+        gf.simulate(problem, net, gf.GradientDescent(0.1), steps=1)
+    with pytest.raises(ValueError, match="at start 1"):
+        gf.simulate(problem, [NET, net], gf.GradientDescent(0.1), steps=1)
+
+
 def test_a_penalty_has_a_name():
     with pytest.raises(TypeError, match=r"Penalty\.name must be a text such as 'l1'; got ''"):
         gf.Penalty(squares, name="")
