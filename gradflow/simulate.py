@@ -8,17 +8,16 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, Literal, overload
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from gradflow.describe import describe
 from gradflow.devices import Devices
 from gradflow.divergence import DivergedWarning, divergence
-from gradflow.dynamics.base import AbstractDynamics, squared_norm
+from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.normals import check_normals, check_pairs
 from gradflow.ensemble_statistics import QUANTILES, EnsembleStatistics
 from gradflow.labels import labelled
@@ -28,21 +27,16 @@ from gradflow.observables import BUILT_IN, Observable, ObservableSpec, resolve
 from gradflow.problem import Problem
 from gradflow.progress import ProgressBar, Report, automatic
 from gradflow.record import AbstractRecord, PathRecord, StatisticsRecord
-from gradflow.regularizers.base import AbstractPenalty
-from gradflow.regularizers.weight_decay import WeightDecay
 from gradflow.runner import Runner
 from gradflow.schedule import Save, Spacing, schedule
+from gradflow.starts import check_norms, check_penalties, is_count, stacked, starts_of
 from gradflow.streams import Normals
-from gradflow.tracing import float_of, is_traced
+from gradflow.tracing import is_traced
 from gradflow.trajectory import Trajectory
-from gradflow.types import Weights
 
 STORED_BY_DEFAULT = 64 * 2**20
 """Bytes of weights up to which they are stored without being asked for."""
 
-
-MOST_PATHS = 2**32
-"""Paths are numbered with 32 bits."""
 
 UNBOUNDED = ("loss_floor",)
 """Built-in observables that are infinite where there is nothing stationary to be measured."""
@@ -166,7 +160,7 @@ def simulate(
     `MemoryError` if there is no room for what is saved of all paths.
     """
     _check_untraced(dynamics, (problem, net, key))
-    starts, total = _starts(problem, net, replicas)
+    starts, total = starts_of(problem, net, replicas)
     replica_axis = replicas is not None or not isinstance(net, DeepLinear)
     if not isinstance(dynamics, AbstractDynamics):
         raise TypeError(
@@ -177,14 +171,14 @@ def simulate(
     random = dynamics.is_random(problem)
     if random and key is None:
         raise ValueError("key: this run is random; pass key=jax.random.key(seed).")
-    if chunk is not None and not _is_count(chunk):
+    if chunk is not None and not is_count(chunk):
         raise ValueError(f"chunk must be an integer >= 1 or None; got {chunk!r}.")
     _check_keep(keep, quantiles, store_weights)
     words = _key_words(key)
-    stacked = _stacked(starts, 0, len(starts))
-    _check_norms(stacked)
-    _check_penalties(problem, stacked)
-    dynamics.check(problem, stacked)
+    first_weights = stacked(starts, 0, len(starts))
+    check_norms(first_weights)
+    check_penalties(problem, first_weights)
+    dynamics.check(problem, first_weights)
     layers = starts[0]
     check_normals(normals, dynamics, problem, widths_of(layers))
     check_pairs(normals, total if replica_axis else None)
@@ -210,7 +204,7 @@ def simulate(
         for first in range(0, total, size):
             # All chunks are filled up to one size: they run the same program.
             paths = slice(first, min(first + size, total))
-            runner.run(_stacked(starts, first, width), paths, words, normals)
+            runner.run(stacked(starts, first, width), paths, words, normals)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -344,102 +338,6 @@ def _versions() -> str:
     return json.dumps({p: version(p) for p in ("gradflow", "jax", "diffrax", "equinox", "numpy")})
 
 
-def _starts(
-    problem: Problem, net: DeepLinear | Sequence[DeepLinear], replicas: int | None
-) -> tuple[list[Weights], int]:
-    """The initial weights, of every path or one for all, and the number of paths."""
-    if not isinstance(problem, Problem):
-        raise TypeError(
-            f"problem must be a Problem such as Problem(data, [...]); got {type(problem).__name__}."
-        )
-    nets = [net] if isinstance(net, DeepLinear) else net
-    if not isinstance(nets, Sequence) or not nets or not _are_networks(nets):
-        raise TypeError(
-            f"net must be a DeepLinear or a non-empty sequence of them; got {type(net).__name__}."
-        )
-    d_in, d_out = problem.data.d_in, problem.data.d_out
-    for n in nets:
-        if n.widths != nets[0].widths:
-            raise ValueError(
-                f"net: all networks need equal widths; got {nets[0].widths} and {n.widths}."
-            )
-    widths = nets[0].widths
-    if widths[0] != d_in or widths[-1] != d_out:
-        raise ValueError(
-            f"net: widths {widths} do not fit the data with {d_in} inputs and {d_out} targets; "
-            f"the first width must be {d_in} and the last {d_out}."
-        )
-    if replicas is not None and not _is_count(replicas):
-        raise ValueError(f"replicas must be an integer >= 1 or None; got {replicas!r}.")
-    if replicas is not None and replicas > MOST_PATHS:
-        raise ValueError(
-            f"replicas: at most {MOST_PATHS} paths have random numbers of their own; got "
-            f"{float_of(replicas):.3g}."
-        )
-    if isinstance(net, DeepLinear):
-        return [net.weights], 1 if replicas is None else int(replicas)
-    if replicas is not None and replicas != len(nets):
-        raise ValueError(
-            f"replicas={replicas} but {len(nets)} networks were given; leave replicas out, the "
-            "networks are the replicas."
-        )
-    return [n.weights for n in nets], len(nets)
-
-
-def _are_networks(nets: Sequence[Any]) -> bool:
-    return all(isinstance(n, DeepLinear) for n in nets)
-
-
-def _stacked(starts: list[Weights], first: int, count: int) -> Weights:
-    """The layers of so many paths from number `first` on, path axis last.
-
-    One start serves all paths; where there is none left, the last one is repeated.
-    """
-    if len(starts) == 1:
-        layers = [np.repeat(np.asarray(w)[..., None], count, axis=-1) for w in starts[0]]
-    else:
-        some = [starts[min(r, len(starts) - 1)] for r in range(first, first + count)]
-        layers = [np.stack(copies, axis=-1) for copies in zip(*some, strict=True)]
-    return jax.device_put(tuple(layers))
-
-
-def _check_norms(weights: Weights) -> None:
-    """Raise a `ValueError` for weights whose squares no float can hold."""
-    norms = np.asarray(squared_norm(weights))
-    if not np.all(np.isfinite(norms)):
-        dtype = weights[0].dtype
-        largest = max(float(np.abs(w[..., np.argmin(np.isfinite(norms))]).max()) for w in weights)
-        raise ValueError(
-            f"net: weights as large as {largest:.3g} overflow when squared, beyond "
-            f"{np.finfo(dtype).max:.2g}; rescale the network and the data."
-        )
-
-
-@eqx.filter_jit
-def _penalty_at(penalty: AbstractPenalty, weights: Weights) -> tuple[Array, Weights]:
-    """The value and the gradient of a penalty on every path."""
-    return jax.vmap(lambda w: (penalty.penalty(w), penalty.penalty_gradient(w)), -1, -1)(weights)
-
-
-def _check_penalties(problem: Problem, weights: Weights) -> None:
-    """Raise a `ValueError` for a penalty that has no value or gradient at a start."""
-    for penalty in problem.penalties:
-        if isinstance(penalty, WeightDecay):
-            continue  # finite where the norms are
-        value, slope = _penalty_at(penalty, weights)
-        name = getattr(penalty, "name", type(penalty).__name__)
-        slopes = np.concatenate([np.asarray(g).reshape(-1, g.shape[-1]) for g in slope])
-        finite = {"value": np.isfinite(value), "gradient": np.isfinite(slopes).all(axis=0)}
-        for what, there in finite.items():
-            if not np.all(there):
-                which = "the start" if there.size == 1 else f"start {int(np.argmin(there))}"
-                raise ValueError(
-                    f"net: the {what} of the penalty {name!r} is not finite at {which}, where "
-                    "no run can begin; start elsewhere, or smooth the penalty there (the gradient "
-                    "of a norm or a root at 0 is NaN under jax.grad)."
-                )
-
-
 def _rows_of_a_step(problem: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The rows of the sample that a step gathers, if it takes a batch of them."""
     rule, data = problem.minibatch, problem.data
@@ -486,10 +384,6 @@ def _check_keep(keep: str, quantiles: Sequence[float], store_weights: bool | Non
     wrong = [p for p in quantiles if not 0.0 <= p <= 1.0]
     if wrong:
         raise ValueError(f"quantiles must lie between 0 and 1; got {wrong[0]!r}.")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _key_words(key: PRNGKeyArray | None) -> Any:

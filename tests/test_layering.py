@@ -47,6 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "divergence",
         "labels",
         "runner",
+        "starts",
         "simulate",
     ),
     ("analysis",),
@@ -81,6 +82,7 @@ SAME_LAYER: dict[str, tuple[str, ...]] = {
         "record",
         "runner",
         "schedule",
+        "starts",
         "trajectory",
     ),
 }

@@ -67,7 +67,7 @@ def noise_free_run(
     length = max(FIRST_LENGTH / max(slowest, 1e-12), h)
     room = PATH_BYTES // (8 * net.num_parameters)
     points = int(np.clip(room, FEWEST_POINTS, MOST_POINTS))
-    excess = np.full(1, np.nan)
+    excess, last = np.full(1, np.nan), net
     for _ in range(ATTEMPTS):
         if h and length / h > MOST_STEPS:
             length = MOST_STEPS * h
@@ -82,7 +82,7 @@ def noise_free_run(
                 store_weights=True,
                 progress=False,
             )
-        excess = run["excess_loss"]
+        excess, last = run["excess_loss"], run.network(-1)
         if not np.all(np.isfinite(excess)):
             raise ValueError(
                 f"dynamics: noise-free training from this start diverges at t = {length:.3g}; use "
@@ -93,7 +93,7 @@ def noise_free_run(
         if h and length >= MOST_STEPS * h:
             break
         length *= 4.0
-    if why := _beyond_edge(clean, run.network(-1), mover):
+    if why := _beyond_edge(clean, last, mover):
         raise ValueError(f"dynamics: noise-free training settles at no minimum, since {why}.")
     raise ValueError(
         f"net: noise-free training has not reached a minimum by t = {length:.3g} (excess loss "
