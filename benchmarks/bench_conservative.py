@@ -24,9 +24,9 @@ import numpy as np
 from rich.console import Console
 
 import gradflow as gf
+from gradflow.backend.types import Weights
 from gradflow.dynamics.ode import chosen_solver
 from gradflow.solvers import GaussLegendre
-from gradflow.types import Weights
 
 RTOL = 1e-8
 ROUNDS = {"scalar-2": 9, "scalar-5": 9, "width-10": 5, "width-64": 3, "width-256": 1}

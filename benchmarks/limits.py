@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gradflow.backend.products import on_cpu
 from gradflow.dynamics.base import ACCELERATOR_BYTES, ACCELERATOR_STEPS
-from gradflow.products import on_cpu
-from gradflow.runner import COMPILER
-from gradflow.streams import Stream
+from gradflow.random.streams import Stream
+from gradflow.simulation.slices import COMPILER
 
 CACHE = 2**21
 """Bytes of noise drawn at once on CPUs."""

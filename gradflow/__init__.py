@@ -6,7 +6,7 @@ The front door is `__init__.pyi`: names are imported when they are first used, s
 
 import lazy_loader
 
-from gradflow.jax_settings import set_up_jax
+from gradflow.backend.jax_settings import set_up_jax
 
 set_up_jax()
 

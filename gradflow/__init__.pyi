@@ -16,7 +16,6 @@ from .analysis import (
     predict as predict,
 )
 from .data import Regression as Regression
-from .divergence import DivergedWarning as DivergedWarning
 from .dynamics import (
     SVAG as SVAG,
     AbstractDynamics as AbstractDynamics,
@@ -30,7 +29,6 @@ from .dynamics import (
     SlowFlow as SlowFlow,
     StochasticFlow as StochasticFlow,
 )
-from .ensemble_statistics import EnsembleStatistics as EnsembleStatistics
 from .geometry import (
     FlatnessGap as FlatnessGap,
     FlattestMinimum as FlattestMinimum,
@@ -65,6 +63,7 @@ from .loss import (
 from .network import DeepLinear as DeepLinear
 from .observables import Observable as Observable
 from .problem import Problem as Problem
+from .random.streams import Normals as Normals
 from .regularizers import (
     AbstractActivationNoise as AbstractActivationNoise,
     AbstractBatch as AbstractBatch,
@@ -84,12 +83,13 @@ from .regularizers import (
     WeightDecay as WeightDecay,
     WeightNoise as WeightNoise,
 )
-from .simulate import (
+from .results.ensemble_statistics import EnsembleStatistics as EnsembleStatistics
+from .results.trajectory import Trajectory as Trajectory
+from .simulation.divergence import DivergedWarning as DivergedWarning
+from .simulation.simulate import (
     IncompleteWarning as IncompleteWarning,
     InterruptedWarning as InterruptedWarning,
     repeat as repeat,
     simulate as simulate,
 )
 from .solvers import GaussLegendre as GaussLegendre
-from .streams import Normals as Normals
-from .trajectory import Trajectory as Trajectory

@@ -1,5 +1,5 @@
 """`python -m gradflow` is the program `gradflow`."""
 
-from gradflow.cli import main
+from gradflow.cli.app import main
 
 main()

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from scipy.optimize import root_scalar
 
+from gradflow.backend.tracing import float_of
 from gradflow.network import DeepLinear
-from gradflow.tracing import float_of
 
 Widths: TypeAlias = Sequence[SupportsIndex]
 """The widths `(d_0, ..., d_N)`, input first."""

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from gradflow.backend.products import product
+from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.data import Regression
 from gradflow.network import DeepLinear, end_to_end
-from gradflow.products import product
-from gradflow.types import EndToEnd, Scalar, Weights
 
 
 def pull_back(weights: Weights, m: EndToEnd) -> Weights:

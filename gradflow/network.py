@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gradflow.products import product
-from gradflow.tracing import as_floats, is_traced
-from gradflow.types import EndToEnd, Weights
+from gradflow.backend.products import product
+from gradflow.backend.tracing import as_floats, is_traced
+from gradflow.backend.types import EndToEnd, Weights
 
 
 class DeepLinear(eqx.Module):

@@ -9,7 +9,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gradflow.decompositions import decomposed_together, traced
+from gradflow.backend.lapack_batches import decomposed_together, traced
+from gradflow.backend.products import in_groups, product
+from gradflow.backend.types import Weights
 from gradflow.dynamics.base import AbstractDynamics, over_paths
 from gradflow.dynamics.descent import GradientDescent
 from gradflow.dynamics.gradient_flow import GradientFlow
@@ -29,7 +31,6 @@ from gradflow.geometry.imbalance import gram_differences, imbalance, squared_nor
 from gradflow.loss import loss
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.products import in_groups, product
 from gradflow.regularizers.base import first_line
 from gradflow.theory.drift import flow_imbalance_drift, imbalance_drift
 from gradflow.theory.floor import (
@@ -39,7 +40,6 @@ from gradflow.theory.floor import (
     weight_decay_plateau,
 )
 from gradflow.theory.noise import check_outside
-from gradflow.types import Weights
 
 
 class Observable(eqx.Module):

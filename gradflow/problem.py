@@ -7,10 +7,12 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.data import Regression
 from gradflow.data.roots import inverse_root, matrix_root
 from gradflow.loss import on_inputs, pull_back
 from gradflow.network import end_to_end
+from gradflow.random.streams import Stream
 from gradflow.regularizers.averaged import (
     add_penalties,
     averaged_gradient,
@@ -43,8 +45,6 @@ from gradflow.regularizers.sampled import (
     sampled_loss,
     weight_shift,
 )
-from gradflow.streams import Stream
-from gradflow.types import EndToEnd, Scalar, Weights
 
 
 class Problem(eqx.Module):

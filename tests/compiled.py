@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 import gradflow as gf
-from gradflow.streams import Stream
+from gradflow.backend.types import EndToEnd, Scalar, Weights
+from gradflow.random.streams import Stream
 from gradflow.theory import expected_balancedness_drift, imbalance_drift, noise_covariance
 from gradflow.theory.drift import layer_drifts
-from gradflow.types import EndToEnd, Scalar, Weights
 
 # Each program runs a few times on tiny arrays: compiling it fast matters more than fast code.
 compiled = functools.partial(eqx.filter_jit, compiler_options={"xla_backend_optimization_level": 0})

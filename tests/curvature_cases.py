@@ -8,9 +8,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 import gradflow as gf
+from gradflow.backend.types import Scalar, Weights
 from gradflow.regularizers import DropConnect, Dropout, GradientNoise, WeightNoise
 from gradflow.regularizers.base import AbstractPenalty
-from gradflow.types import Scalar, Weights
 
 
 class Quartic(AbstractPenalty):

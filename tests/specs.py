@@ -4,9 +4,9 @@ import numpy as np
 import xarray as xr
 
 import gradflow as gf
+from gradflow.results.trajectory import Trajectory
 from gradflow.study.results import RunResult
-from gradflow.study.spec import RunSpec
-from gradflow.trajectory import Trajectory
+from gradflow.study.spec.spec import RunSpec
 
 HEAD = """\
 name = "test"

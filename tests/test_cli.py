@@ -13,9 +13,9 @@ import pytest
 from specs import HEAD, RUN
 from typer.testing import CliRunner
 
-from gradflow import cli, command
-from gradflow.study.load import load_study
-from gradflow.study.quantities import QUANTITIES
+from gradflow.cli import app as cli, commands as command
+from gradflow.study.spec.load import load_study
+from gradflow.study.spec.quantities import QUANTITIES
 
 PROGRAM = [sys.executable, "-m", "gradflow"]
 

@@ -12,9 +12,9 @@ import pytest
 from specs import HEAD
 
 import gradflow as gf
-from gradflow.study.build import prepare
-from gradflow.study.load import load_study
-from gradflow.study.runner import run_study
+from gradflow.study.run.build import prepare
+from gradflow.study.run.runner import run_study
+from gradflow.study.spec.load import load_study
 
 # Shapes of random numbers are found by an abstract evaluation, so tracing alone is no sign.
 COMPILING = tuple(

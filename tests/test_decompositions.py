@@ -8,7 +8,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr
 
 import gradflow as gf
-from gradflow.decompositions import (
+from gradflow.backend.lapack_batches import (
     CHEAPER,
     COST,
     LAPACK,
@@ -18,7 +18,7 @@ from gradflow.decompositions import (
     traced,
 )
 from gradflow.observables import observe, resolve
-from gradflow.streams import Source
+from gradflow.random.streams import Source
 
 MATRIX = jax.ShapeDtypeStruct((4, 4), float)
 RNG = np.random.default_rng(5)
@@ -56,7 +56,7 @@ def test_groups_are_small_or_of_one_path(widths, monkeypatch):
     few = decomposed_together(weights)
     assert few == 1 or few * COST * rows**3 < POOLED
     assert few == PATHS or (few + 1) * COST * rows**3 >= POOLED
-    monkeypatch.setattr("gradflow.decompositions.on_cpu", lambda: False)
+    monkeypatch.setattr("gradflow.backend.lapack_batches.on_cpu", lambda: False)
     assert decomposed_together(weights) == PATHS
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import gradflow as gf
-from gradflow.describe import (
+from gradflow.results.serialize import (
     check_rebuilds,
     describe,
     rebuild_dynamics,

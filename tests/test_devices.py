@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import gradflow as gf
-from gradflow import jax_settings
-from gradflow.devices import Devices, along_last, sharers
+from gradflow.backend import jax_settings
+from gradflow.backend.devices import Devices, along_last, sharers
 from gradflow.dynamics.base import begun
-from gradflow.runner import state_layout
+from gradflow.simulation.slices import state_layout
 
 PROGRAM = """
     import json, sys, jax, numpy as np, gradflow as gf

@@ -13,8 +13,8 @@ import pytest
 import xarray as xr
 
 import gradflow as gf
-from gradflow import memory
-from gradflow.ensemble_statistics import EnsembleStatistics
+from gradflow.backend import memory
+from gradflow.results.ensemble_statistics import EnsembleStatistics
 
 NET = gf.DeepLinear([[[0.5, 0.2], [0.1, -0.4], [0.3, 0.3]], [[0.2, 0.6, -0.1]]])
 NAMES = ["loss", "squared_norms", "end_to_end"]
@@ -151,7 +151,7 @@ def test_refuses_what_makes_no_sense(options: dict, message: str):
 
 
 def test_paths_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("gradflow.record.host_memory", lambda: 10_000)
+    monkeypatch.setattr("gradflow.results.recording.host_memory", lambda: 10_000)
     with pytest.raises(MemoryError, match=r'replicas=101: .* at 4 times .* keep="statistics"'):
         run()
     assert statistics().replicas == 101

@@ -8,7 +8,7 @@ import scipy.stats
 from compiled import compiled
 from scipy.special import ndtri
 
-from gradflow.gaussian import DOUBLE, SINGLE, double_normals, single_normals
+from gradflow.random.normal_quantile import DOUBLE, SINGLE, double_normals, single_normals
 
 RNG = np.random.default_rng(3)
 EDGES = np.array([0, 1, 2**30, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1], np.uint32)

@@ -15,9 +15,9 @@ import gradflow as gf
 from gradflow.analysis.boundary import mean_curves
 from gradflow.analysis.rates import decay_rate, drift
 from gradflow.analysis.statistics import read_paths, units_of
-from gradflow.independence import Units
-from gradflow.study.measures import MEASURES
-from gradflow.study.spec import ClaimSpec
+from gradflow.random.antithetic import Units
+from gradflow.study.claims.measures import MEASURES
+from gradflow.study.spec.spec import ClaimSpec
 
 TIME = np.linspace(0.0, 10.0, 41)
 RNG = np.random.default_rng(7)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gradflow import memory
+from gradflow.backend import memory
 
 GIGABYTE = 2**30
 

@@ -18,7 +18,7 @@ import scipy.stats
 from compiled import compiled
 
 import gradflow as gf
-from gradflow.streams import SIXTH, Stream
+from gradflow.random.streams import SIXTH, Stream
 
 KEY = jax.random.key(11)
 PAIRS = gf.Normals(antithetic=True)

@@ -12,13 +12,13 @@ import scipy.linalg
 from scipy.optimize import minimize_scalar
 
 import gradflow as gf
+from gradflow.backend.types import Weights
 from gradflow.dynamics import SVAG
 from gradflow.dynamics.heavy_ball_flow import HeavyBallFlow
 from gradflow.dynamics.modified_flow import ModifiedFlow
 from gradflow.geometry import flattest_minimum
 from gradflow.observables import BUILT_IN, DEFAULT, observe, resolve
 from gradflow.regularizers import Dropout, GradientNoise, WeightNoise
-from gradflow.types import Weights
 
 INPUT_STD, DECAY = 0.4, 0.05
 WIDTHS = (2, 3, 2)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradflow.products import (
+from gradflow.backend.products import (
     FEWEST_LANES,
     MOST_FUSED,
     MOST_SUMMED,
@@ -54,7 +54,7 @@ def test_product_of_one_path_and_of_an_ensemble(inner, axes):
 @pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize("inner", [MOST_SUMMED_ON_ACCELERATORS, MOST_SUMMED_ON_ACCELERATORS + 1])
 def test_the_forms_of_accelerators(inner, axes, monkeypatch):
-    monkeypatch.setattr("gradflow.products.on_cpu", lambda: False)
+    monkeypatch.setattr("gradflow.backend.products.on_cpu", lambda: False)
     a, b = factors(inner, axes)
     found = jax.jit(jax.vmap(lambda x, y: product(x, y, axes), -1, -1))(a, b)
     np.testing.assert_allclose(found, in_numpy(a, b, axes), rtol=1e-12, atol=1e-13)

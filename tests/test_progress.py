@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 import gradflow as gf
-from gradflow import progress
-from gradflow.progress import ProgressBar, announced, automatic
+from gradflow.simulation import progress
+from gradflow.simulation.progress import ProgressBar, announced, automatic
 
 PROBLEM = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.3)])
 NET = gf.DeepLinear([[[1.0]], [[0.5]]])
@@ -97,7 +97,7 @@ def test_a_run_shows_its_bar_and_takes_it_away(screen: Callable[[], str]):
 def test_the_bar_is_taken_away_when_a_run_fails(
     screen: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ):
-    module = sys.modules["gradflow.runner"]
+    module = sys.modules["gradflow.simulation.slices"]
     run_slice, threads = module._run_slice, threading.active_count()
 
     def fail_once_the_bar_is_there(*arguments: Any) -> Any:

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import gradflow as gf
-import gradflow.schedule as schedules
-from gradflow.schedule import Schedule, schedule
+import gradflow.simulation.schedule as schedules
+from gradflow.simulation.schedule import Schedule, schedule
 
 DESCENT = gf.GradientDescent(0.1)
 SDE = gf.StochasticFlow(0.1, substeps=4)

@@ -15,13 +15,13 @@ import pytest
 import training
 
 import gradflow as gf
-from gradflow.devices import Devices, along_last
+from gradflow.backend.devices import Devices, along_last
 from gradflow.dynamics import base
-from gradflow.simulate import InterruptedWarning
-from gradflow.streams import Source
+from gradflow.random.streams import Source
+from gradflow.simulation.simulate import InterruptedWarning
 
-MODULE = sys.modules["gradflow.simulate"]  # the front door has a function of that name
-RUNNER = sys.modules["gradflow.runner"]
+MODULE = sys.modules["gradflow.simulation.simulate"]  # the front door has a function of that name
+RUNNER = sys.modules["gradflow.simulation.slices"]
 KEY = jax.random.key(3)
 
 

@@ -15,7 +15,7 @@ HEAVY = {"diffrax", "equinox", "jax", "matplotlib", "numpy", "pandas", "scipy", 
 TALK = """
 import sys
 from typer.testing import CliRunner
-from gradflow import cli
+from gradflow.cli import app as cli
 for line in ("--help", "study --help", "run --help", "orders --help", "predict --help", "list"):
     result = CliRunner().invoke(cli.app, line.split())
     assert result.exit_code == 0, (line, result.output)

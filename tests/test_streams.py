@@ -12,7 +12,7 @@ import scipy.stats
 from compiled import compiled
 from jax.extend.random import threefry2x32_p
 
-from gradflow.streams import Stream, _multiply_high, threefry
+from gradflow.random.streams import Stream, _multiply_high, threefry
 
 KEY = jax.random.key(7)
 
@@ -173,7 +173,7 @@ SINGLE_PRECISION = """
 import functools
 import equinox as eqx, jax, jax.numpy as jnp, numpy as np, scipy.stats
 import gradflow as gf
-from gradflow.streams import Stream
+from gradflow.random.streams import Stream
 
 assert not jax.config.jax_enable_x64
 fast = {"xla_backend_optimization_level": 0}

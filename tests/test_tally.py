@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from gradflow.tally import Tally
+from gradflow.results.running_statistics import Tally
 
 SHAPES = {"loss": (), "end": (2, 3), "norms": (2,)}
 RNG = np.random.default_rng(0)

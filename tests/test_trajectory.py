@@ -12,8 +12,8 @@ import pytest
 import xarray as xr
 
 import gradflow as gf
+from gradflow.backend.types import Scalar, Weights
 from gradflow.regularizers import AbstractPenalty
-from gradflow.types import Scalar, Weights
 
 KEY = jax.random.key(9)
 NET = gf.DeepLinear([[[0.5, 0.2], [0.1, -0.4], [0.3, 0.3]], [[0.2, 0.6, -0.1]]])

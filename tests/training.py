@@ -13,7 +13,7 @@ import reference
 from reference import Layers
 from scipy.integrate import solve_ivp
 
-from gradflow.streams import Stream
+from gradflow.random.streams import Stream
 
 
 def unflatten(vector: np.ndarray, like: Layers) -> list[np.ndarray]:

@@ -1,17 +1,17 @@
 """Analysis: statements about runs, with uncertainties."""
 
-from gradflow.analysis.compare import (
+from gradflow.analysis.comparison.compare import (
     Comparison as Comparison,
     ComparisonRow as ComparisonRow,
     compare as compare,
     compare_trajectories as compare_trajectories,
 )
-from gradflow.analysis.end_point import EndPoint as EndPoint
-from gradflow.analysis.order_results import OrderRow as OrderRow, Orders as Orders
-from gradflow.analysis.orders import orders as orders
+from gradflow.analysis.convergence.orders import orders as orders
+from gradflow.analysis.convergence.results import OrderRow as OrderRow, Orders as Orders
 from gradflow.analysis.phases import Phases as Phases, phases as phases
-from gradflow.analysis.predict import predict as predict
-from gradflow.analysis.prediction import (
+from gradflow.analysis.prediction.end_point import EndPoint as EndPoint
+from gradflow.analysis.prediction.predict import predict as predict
+from gradflow.analysis.prediction.rate_laws import (
     Prediction as Prediction,
     RateLaw as RateLaw,
 )

@@ -9,13 +9,13 @@ import xarray as xr
 from jaxtyping import Array
 
 from gradflow.analysis.unmeasured import Unmeasured
+from gradflow.backend.products import in_groups
+from gradflow.backend.types import Weights
 from gradflow.dynamics.base import AbstractDynamics
-from gradflow.labels import axes_of, coordinates_of
 from gradflow.observables import BUILT_IN, Observable, observe
 from gradflow.problem import Problem
-from gradflow.products import in_groups
-from gradflow.trajectory import Trajectory
-from gradflow.types import Weights
+from gradflow.results.trajectory import Trajectory
+from gradflow.simulation.to_dataset import axes_of, coordinates_of
 
 AT_ONCE = 2**22
 """Numbers of weights that are looked at together."""

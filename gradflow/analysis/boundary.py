@@ -25,7 +25,7 @@ from gradflow.analysis.statistics import (
     trapezoid_weights,
     weighted_line,
 )
-from gradflow.trajectory import Trajectory
+from gradflow.results.trajectory import Trajectory
 
 NO_FLOOR = "no regularization phase: the loss floor of this problem under this dynamics is 0"
 SLAVED = "|M - M_slow| <= eps |M_slow|"

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from scipy.special import stdtrit
 
 from gradflow.analysis.statistics import trapezoid_weights, weighted_line
-from gradflow.independence import Units
+from gradflow.random.antithetic import Units
 
 CHANGED = 1e-3
 """Level of the test that says that a rate changes along its window."""

@@ -22,7 +22,7 @@ from gradflow.analysis.statistics import (
     weighted_line,
 )
 from gradflow.analysis.unmeasured import Unmeasured
-from gradflow.trajectory import Trajectory
+from gradflow.results.trajectory import Trajectory
 
 DEEPEST = 1e-14
 """The excess loss is followed down to this fraction of its initial value: rounding is below."""

@@ -18,8 +18,8 @@ from gradflow.analysis.statistics import (
     weighted_line,
 )
 from gradflow.analysis.unmeasured import Unmeasured
-from gradflow.independence import Units
-from gradflow.trajectory import Trajectory
+from gradflow.random.antithetic import Units
+from gradflow.results.trajectory import Trajectory
 
 ROUNDING = 4096.0
 """An observable within this many units of rounding of its largest value cannot be fitted."""

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from scipy.special import stdtrit
 
 from gradflow.analysis.afterwards import recorded_array
-from gradflow.independence import Units
-from gradflow.trajectory import Trajectory
+from gradflow.random.antithetic import Units
+from gradflow.results.trajectory import Trajectory
 
 MAX_GROUPS = 32
 """Groups of replicas that the jackknife leaves out in turn; more gain nothing but work."""

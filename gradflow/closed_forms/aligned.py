@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.closed_forms.alignment import find_alignment
 from gradflow.closed_forms.base import (
     AbstractClosedForm,
@@ -21,7 +22,6 @@ from gradflow.closed_forms.chain_kernel import chain_weights
 from gradflow.closed_forms.channel import Turn, invariants, rotate, rotation_angle
 from gradflow.closed_forms.decaying_channel import decaying_turn
 from gradflow.problem import Problem
-from gradflow.types import Scalar, Weights
 
 
 class Modes(NamedTuple):

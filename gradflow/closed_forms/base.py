@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.problem import Problem
 from gradflow.regularizers import WeightDecay
-from gradflow.types import Scalar, Weights
 
 
 class AbstractClosedForm(eqx.Module):

@@ -12,7 +12,7 @@ import numpy as np
 from jax.scipy.special import gammaln
 from jaxtyping import Array, Float
 
-from gradflow.types import Scalar
+from gradflow.backend.types import Scalar
 
 LARGE = 30.0
 """From $\\sqrt{\\mu^2 + s^2}$ of about this on, the uniform expansion is exact to rounding."""

@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.closed_forms.base import (
     AbstractClosedForm,
     copied,
@@ -13,7 +14,6 @@ from gradflow.closed_forms.base import (
 from gradflow.closed_forms.chain_kernel import chain_weights
 from gradflow.network import widths_of
 from gradflow.problem import Problem
-from gradflow.types import Scalar, Weights
 
 
 class ScalarChain(AbstractClosedForm):

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from gradflow.backend.types import Scalar
 from gradflow.closed_forms.quadrature import panel_times, position_at
-from gradflow.types import Scalar
 
 PANELS_PER_WEIGHT = 12
 LEAST_PANELS = 72

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.closed_forms.base import (
     AbstractClosedForm,
     copied,
@@ -14,7 +15,6 @@ from gradflow.closed_forms.base import (
 )
 from gradflow.network import widths_of
 from gradflow.problem import Problem
-from gradflow.types import Scalar, Weights
 
 SMALL_ANGLE = 0.5
 """Below it weights are moved by their change, above it the two light-cone parts are scaled."""

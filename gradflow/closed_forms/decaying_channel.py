@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 from scipy.special import gamma
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.closed_forms.base import (
     AbstractClosedForm,
     copied,
@@ -18,7 +19,6 @@ from gradflow.closed_forms.base import (
 from gradflow.closed_forms.bessel import bessel_ratios, log_first_kind_growth, reflected_ratio
 from gradflow.closed_forms.channel import Turn, invariants, rotate, why_not_channel
 from gradflow.problem import Problem
-from gradflow.types import Scalar, Weights
 
 TERMS = 24
 PIECES = 8

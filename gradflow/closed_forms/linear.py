@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.closed_forms.base import (
     AbstractClosedForm,
     copied,
@@ -10,7 +11,6 @@ from gradflow.closed_forms.base import (
     why_not_quadratic,
 )
 from gradflow.problem import Problem
-from gradflow.types import Scalar, Weights
 
 
 class Linear(AbstractClosedForm):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gradflow.types import Scalar
+from gradflow.backend.types import Scalar
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
 NODES, WEIGHTS = 0.5 * (_NODES + 1.0), 0.5 * _WEIGHTS

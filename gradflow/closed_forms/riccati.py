@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.closed_forms.base import (
     AbstractClosedForm,
     copied,
@@ -16,7 +17,6 @@ from gradflow.closed_forms.base import (
     why_not_quadratic,
 )
 from gradflow.problem import Problem
-from gradflow.types import Scalar, Weights
 
 TOLERANCE = 1e-12
 """How far from a multiple of the identity, relative, moment and balancedness may be."""

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Array, Float
 
-from gradflow.tracing import as_floats, is_traced
+from gradflow.backend.tracing import as_floats, is_traced
 
 MatrixLike: TypeAlias = Any
 """Numbers, nested lists, NumPy or JAX arrays, pandas objects; converted to a float64 array."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gradflow.types import EndToEnd
+from gradflow.backend.types import EndToEnd
 
 MOST_WORK = 5_000_000_000
 """Multiplications that forming them may cost when data are made: a tenth of a second or two."""

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from gradflow.backend.tracing import is_traced
 from gradflow.data.base import Given
 from gradflow.data.roots import eigenpairs, matrix_root
-from gradflow.tracing import is_traced
 
 ASYMMETRY = 1e-10
 """Largest tolerated asymmetry or negative eigenvalue of a moment matrix, relative to its size."""

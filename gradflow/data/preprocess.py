@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from gradflow.backend.tracing import is_traced
 from gradflow.data.base import Given, Table, list_names
 from gradflow.data.roots import eigenpairs, inverse_root
-from gradflow.tracing import is_traced
 
 Standardize: TypeAlias = bool | Literal["inputs", "targets", "both"]
 

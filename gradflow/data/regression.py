@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Array, ArrayLike, Float
 
+from gradflow.backend.tracing import is_traced
 from gradflow.data import moments
 from gradflow.data.base import (
     Columns,
@@ -25,7 +26,6 @@ from gradflow.data.bundled import bundled_table
 from gradflow.data.files import read_file
 from gradflow.data.fourth_moments import FourthMoments, fourth_moments
 from gradflow.data.preprocess import Standardize, preprocess
-from gradflow.tracing import is_traced
 
 
 class Regression(eqx.Module):

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.backend.products import in_groups, on_cpu, paths_together
+from gradflow.backend.types import Weights
 from gradflow.network import widths_of
 from gradflow.problem import Problem
-from gradflow.products import in_groups, on_cpu, paths_together
-from gradflow.streams import Source
-from gradflow.types import Weights
+from gradflow.random.streams import Source
 
 DIVERGENCE_FACTOR = 1e12
 """A replica has diverged once |W|^2 exceeds this multiple of 1 + |W(0)|^2 (or is not finite)."""

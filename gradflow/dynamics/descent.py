@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.dynamics.base import (
     AbstractDynamics,
     State,
@@ -42,8 +43,7 @@ from gradflow.dynamics.settings import (
 from gradflow.dynamics.stepwise import step_numbers, stepped
 from gradflow.network import DeepLinear, widths_of
 from gradflow.problem import Problem
-from gradflow.streams import Source
-from gradflow.types import Scalar, Weights
+from gradflow.random.streams import Source
 
 
 class GradientDescent(AbstractDynamics):

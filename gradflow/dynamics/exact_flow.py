@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from gradflow.backend.types import Weights
 from gradflow.closed_forms import CLOSED_FORMS, AbstractClosedForm
 from gradflow.dynamics.base import AbstractDynamics, State, bury, divergence_limit, over_paths
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.streams import Source
-from gradflow.types import Weights
+from gradflow.random.streams import Source
 
 
 class ExactFlow(AbstractDynamics):

@@ -6,10 +6,10 @@ import diffrax
 import equinox as eqx
 from jaxtyping import ArrayLike
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.problem import Problem
 from gradflow.solvers.switching import Switching
-from gradflow.types import Scalar, Weights
 
 
 class GradientFlow(AbstractOdeFlow):

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 from jaxtyping import ArrayLike
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.dynamics.base import over_paths
 from gradflow.dynamics.layers import over_all_paths, penalty_gradient
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
@@ -21,7 +22,6 @@ from gradflow.dynamics.settings import (
 )
 from gradflow.problem import Problem
 from gradflow.solvers.dormand_prince import DormandPrince853
-from gradflow.types import Scalar, Weights
 
 
 class HeavyBallFlow(AbstractOdeFlow):

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from gradflow.decompositions import decomposed_together, decomposes
+from gradflow.backend.lapack_batches import decomposed_together, decomposes
+from gradflow.backend.products import in_groups
+from gradflow.backend.types import Scalar, Weights
 from gradflow.dynamics.base import MAX_STEPS, End, Progress, over_paths
 from gradflow.problem import Problem
-from gradflow.products import in_groups
 from gradflow.solvers.base import largest
 from gradflow.solvers.gauss_legendre import GaussLegendre
 from gradflow.solvers.relative_errors import RelativeErrors
 from gradflow.solvers.rest import RestController, RestMemory, is_at_rest
 from gradflow.solvers.resumable import ResumableController
-from gradflow.types import Scalar, Weights
 
 PROPORTIONAL, INTEGRAL = 0.2, 0.4
 """Coefficients of the step control; without a proportional part explicit steps at the edge of their

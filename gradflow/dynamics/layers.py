@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.problem import Problem
-from gradflow.types import Scalar, Weights
 
 
 def added(weights: Weights, update: Weights) -> Weights:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.dynamics.settings import checked_step_size
 from gradflow.loss import pull_back
@@ -16,7 +17,6 @@ from gradflow.network import end_to_end
 from gradflow.problem import Problem
 from gradflow.regularizers.averaged import averaged_gradient
 from gradflow.regularizers.minibatch import Minibatch
-from gradflow.types import EndToEnd, Scalar, Weights
 
 ROWS_AT_ONCE = 64
 """Rows of the data whose gradients are formed together where noise acts inside the network."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gradflow.problem import Problem
-from gradflow.streams import Stream
+from gradflow.random.streams import Stream
 
 
 def shapes_of_one(draw: Callable[[Stream], Any]) -> Any:

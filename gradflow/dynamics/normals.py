@@ -11,8 +11,8 @@ from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.dynamics.stochastic_flow import StochasticFlow
 from gradflow.problem import Problem
+from gradflow.random.streams import Normals, Stream
 from gradflow.solvers.small_noise import SmallNoise
-from gradflow.streams import Normals, Stream
 
 
 def check_normals(

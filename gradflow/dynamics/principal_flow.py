@@ -9,12 +9,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Complex, Float
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.dynamics.settings import checked_step_size
 from gradflow.geometry.curvature import LARGEST_DENSE_HESSIAN
 from gradflow.problem import Problem
 from gradflow.regularizers.weight_decay import WeightDecay
-from gradflow.types import Scalar, Weights
 
 REACH = 4.0
 """Squares of the real points from which a gradient is continued to the imaginary axis lie below."""

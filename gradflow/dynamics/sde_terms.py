@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from gradflow.backend.products import product
+from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.dynamics.base import is_alive, over_paths
 from gradflow.dynamics.layers import added
 from gradflow.dynamics.modified_flow import modified_drift
 from gradflow.loss import pull_back
 from gradflow.network import end_to_end, widths_of
 from gradflow.problem import Problem
-from gradflow.products import product
 from gradflow.solvers.grid_path import GridBrownianPath
-from gradflow.types import EndToEnd, Scalar, Weights
 
 
 class StochasticGradientTerm(diffrax.AbstractTerm):

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import ArrayLike
 
+from gradflow.backend.tracing import as_floats, float_of, is_traced
+from gradflow.backend.types import Scalar, Weights
 from gradflow.regularizers.base import as_parameter
-from gradflow.tracing import as_floats, float_of, is_traced
-from gradflow.types import Scalar, Weights
 
 MOST_COUNTED = 2**31 - 1
 """Steps and rows are counted in 32 bits."""

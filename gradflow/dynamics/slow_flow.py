@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from gradflow.backend.tracing import is_traced
+from gradflow.backend.types import Scalar, Weights
 from gradflow.dynamics.base import (
     AbstractDynamics,
     End,
@@ -36,8 +38,8 @@ from gradflow.geometry.kernel import kernel_at
 from gradflow.geometry.limit_maps import descent_projection, flow_projection
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
+from gradflow.random.streams import Source
 from gradflow.regularizers.base import as_parameter
-from gradflow.streams import Source
 from gradflow.theory.drift import flow_imbalance_drift
 from gradflow.theory.lyapunov import MOST_STEPS
 from gradflow.theory.slow_drift import slow_drift
@@ -46,8 +48,6 @@ from gradflow.theory.slow_noise import (
     tangential_noise,
     tangential_size,
 )
-from gradflow.tracing import is_traced
-from gradflow.types import Scalar, Weights
 
 NEAR = 0.95
 """Share of the largest stable step size from which on a start is warned of."""

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
-from gradflow.decompositions import decomposed_together
+from gradflow.backend.lapack_batches import decomposed_together
+from gradflow.backend.products import in_groups
+from gradflow.backend.types import Scalar, Weights
 from gradflow.dynamics.base import Progress, State, over_paths
 from gradflow.dynamics.integration import (
     SolverMemory,
@@ -20,10 +22,8 @@ from gradflow.dynamics.slow_sde import Diffusion, Drift, advance_in_cells, cells
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.manifold import retract
 from gradflow.problem import Problem
-from gradflow.products import in_groups
-from gradflow.streams import Source
+from gradflow.random.streams import Source
 from gradflow.theory.slow_noise import tangential_size
-from gradflow.types import Scalar, Weights
 
 
 class SlowMemory(eqx.Module):

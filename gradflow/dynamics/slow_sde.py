@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.dynamics.layers import added
 from gradflow.geometry.base import OutputLoss
 from gradflow.geometry.manifold import pseudo_inverse
 from gradflow.loss import push_forward
-from gradflow.streams import Source
-from gradflow.types import EndToEnd, Scalar, Weights
+from gradflow.random.streams import Source
 
 BRIDGE_TOLERANCE = 2.0**-12
 """Finest division of a cell in which the Brownian path is resolved when a run is saved."""

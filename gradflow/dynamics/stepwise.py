@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int
 
+from gradflow.backend.tracing import is_traced
+from gradflow.backend.types import Scalar, Weights
 from gradflow.dynamics.settings import MOST_COUNTED
-from gradflow.tracing import is_traced
-from gradflow.types import Scalar, Weights
 
 Carry: TypeAlias = tuple[Weights, Any]
 """The weights of an ensemble of one, and what a dynamics remembers beside them."""

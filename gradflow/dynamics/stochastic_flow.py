@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.dynamics.base import (
     AbstractDynamics,
     State,
@@ -30,10 +31,9 @@ from gradflow.dynamics.sde_terms import (
 from gradflow.dynamics.settings import MOST_COUNTED, checked_count, checked_step_size
 from gradflow.network import left_products, right_products, widths_of
 from gradflow.problem import Problem
+from gradflow.random.streams import Source, Stream
 from gradflow.solvers.grid_path import GridBrownianPath
 from gradflow.solvers.small_noise import SmallNoise
-from gradflow.streams import Source, Stream
-from gradflow.types import Scalar, Weights
 
 COARSEST = 0.5
 """Largest integration step over step size at which the integration error stays below the

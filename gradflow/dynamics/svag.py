@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.dynamics.base import (
     AbstractDynamics,
     State,
@@ -23,9 +24,8 @@ from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shap
 from gradflow.dynamics.settings import checked_count, checked_step_size
 from gradflow.network import widths_of
 from gradflow.problem import Problem
+from gradflow.random.streams import Source, Stream
 from gradflow.regularizers import Minibatch
-from gradflow.streams import Source, Stream
-from gradflow.types import Scalar, Weights
 
 SECOND = 0x5A5A5A5A
 """The substream of the second draw; regularizers and channels have small numbers."""

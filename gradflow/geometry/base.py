@@ -3,10 +3,10 @@
 import equinox as eqx
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import EndToEnd, Weights
 from gradflow.data import Regression
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.types import EndToEnd, Weights
 
 
 class OutputLoss(eqx.Module):

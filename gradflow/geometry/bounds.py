@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gradflow.backend.tracing import is_traced
+from gradflow.backend.types import EndToEnd, Scalar
 from gradflow.data import Regression
 from gradflow.geometry.base import OutputLoss, check_data, output_loss
 from gradflow.geometry.curvature import check_minima
 from gradflow.problem import Problem
-from gradflow.tracing import is_traced
-from gradflow.types import EndToEnd, Scalar
 
 HALVINGS = 80
 """Halvings of an interval of logarithms, down to rounding from any start."""

@@ -16,10 +16,10 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.geometry.base import check_network
 from gradflow.geometry.imbalance import gram_differences
 from gradflow.network import DeepLinear, end_to_end
-from gradflow.types import EndToEnd, Scalar, Weights
 
 LARGEST_DENSE_JACOBIAN = 300
 """Parameters up to which the Jacobian of the coordinates is decomposed; beyond it, LSMR."""

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 from matfree import decomp
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.data import Regression
 from gradflow.geometry.base import as_problem, check_data, check_network
 from gradflow.geometry.hessian import dense_hessian, flat_hessian
@@ -21,7 +22,6 @@ from gradflow.regularizers.averaged import layer_noises, output_moment
 from gradflow.regularizers.base import AbstractPenalty
 from gradflow.regularizers.weight_decay import WeightDecay
 from gradflow.regularizers.weight_noise import WeightNoise
-from gradflow.types import Scalar, Weights
 
 LARGEST_DENSE_HESSIAN = 2_000
 """Parameters up to which a whole Hessian is decomposed on request (32 MB in float64)."""

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from gradflow.backend.types import Weights
 from gradflow.data import Regression
 from gradflow.geometry.base import OutputLoss, output_loss
 from gradflow.geometry.bounds import least_sharpness
@@ -33,7 +34,6 @@ from gradflow.geometry.curvature import kernel_of_root
 from gradflow.geometry.manifold import is_on_manifold, matched_loss, retract
 from gradflow.network import DeepLinear, left_products, right_products
 from gradflow.problem import Problem
-from gradflow.types import Weights
 
 Flatness: TypeAlias = Literal["sharpness", "trace"]
 """What is to be small: the largest eigenvalue of the Hessian or its trace."""

@@ -8,13 +8,13 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import EndToEnd, Weights
 from gradflow.data import Regression
 from gradflow.geometry.base import as_problem
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.regularizers.averaged import averaged_gradient
 from gradflow.regularizers.base import AbstractPenalty
-from gradflow.types import EndToEnd, Weights
 
 
 def hessian(net: DeepLinear, data: Regression | Problem) -> lx.AbstractLinearOperator:

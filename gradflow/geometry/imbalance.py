@@ -5,10 +5,10 @@ import itertools
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.products import product
+from gradflow.backend.types import Scalar, Weights
 from gradflow.geometry.base import check_network
 from gradflow.network import DeepLinear
-from gradflow.products import product
-from gradflow.types import Scalar, Weights
 
 
 def balancedness(net: DeepLinear) -> list[Float[Array, "_ _"]]:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import EndToEnd, Weights
 from gradflow.network import left_products, right_products
-from gradflow.types import EndToEnd, Weights
 
 LARGEST_DENSE_KERNEL = 256
 """Size $d_N d_0$ up to which $K$ is formed and decomposed; beyond it Krylov methods take over."""

@@ -31,13 +31,13 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.data import Regression
 from gradflow.geometry.base import OutputLoss, as_problem, check_double, output_loss
 from gradflow.geometry.kernel import Kernel, kernel_at, kernel_basis
 from gradflow.loss import pull_back, push_forward
 from gradflow.network import DeepLinear, end_to_end, left_products, right_products, widths_of
 from gradflow.problem import Problem
-from gradflow.types import EndToEnd, Scalar, Weights
 
 RANK_TOLERANCE = 1e-6
 r"""Singular values below this fraction of the largest count as zero; in $K$, its square."""

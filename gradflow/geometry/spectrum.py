@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from matfree import decomp
 
+from gradflow.backend.types import Scalar
 from gradflow.data import Regression
 from gradflow.geometry.base import as_problem
 from gradflow.geometry.curvature import LARGEST_DENSE_HESSIAN, never_invariant
 from gradflow.geometry.hessian import dense_hessian, flat_hessian
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.types import Scalar
 
 
 class SpectralDensity(eqx.Module):

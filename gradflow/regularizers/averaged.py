@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.products import product
+from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.data import Regression
 from gradflow.loss import moment_loss, on_inputs, pull_back, second_moment
 from gradflow.network import end_to_end
-from gradflow.products import product
 from gradflow.regularizers.base import (
     AbstractActivationNoise,
     AbstractDataNoise,
@@ -18,7 +19,6 @@ from gradflow.regularizers.base import (
     AbstractRegularizer,
     AbstractWeightNoise,
 )
-from gradflow.types import EndToEnd, Scalar, Weights
 
 
 def input_variance(regularizers: Sequence[AbstractRegularizer]) -> Scalar:

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from gradflow.backend.products import product
+from gradflow.backend.tracing import as_floats, is_traced
+from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.data import Regression
-from gradflow.products import product
-from gradflow.streams import Stream
-from gradflow.tracing import as_floats, is_traced
-from gradflow.types import EndToEnd, Scalar, Weights
+from gradflow.random.streams import Stream
 
 
 def as_parameter(value: ArrayLike, name: str = "a step size, rate, level or tolerance") -> Scalar:

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import EndToEnd, Weights
 from gradflow.data import Regression
+from gradflow.random.streams import Stream
 from gradflow.regularizers.base import (
     AbstractBatch,
     AbstractDataNoise,
@@ -25,8 +27,6 @@ from gradflow.regularizers.base import (
     NoiseMoments,
     layer_shapes,
 )
-from gradflow.streams import Stream
-from gradflow.types import EndToEnd, Weights
 
 
 def has_diffusion_factor(regularizers: Sequence[AbstractRegularizer]) -> bool:

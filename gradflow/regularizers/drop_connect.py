@@ -7,6 +7,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import Scalar
+from gradflow.random.streams import Stream
 from gradflow.regularizers.base import (
     AbstractWeightNoise,
     as_layers,
@@ -16,8 +18,6 @@ from gradflow.regularizers.base import (
     check_within,
     layer_shapes,
 )
-from gradflow.streams import Stream
-from gradflow.types import Scalar
 
 
 class DropConnect(AbstractWeightNoise):

@@ -7,6 +7,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import Scalar
+from gradflow.random.streams import Stream
 from gradflow.regularizers.base import (
     AbstractActivationNoise,
     as_layers,
@@ -14,8 +16,6 @@ from gradflow.regularizers.base import (
     check_layers,
     check_rate,
 )
-from gradflow.streams import Stream
-from gradflow.types import Scalar
 
 
 class Dropout(AbstractActivationNoise):

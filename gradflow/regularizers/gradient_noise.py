@@ -4,12 +4,12 @@ from functools import partial
 
 import equinox as eqx
 
+from gradflow.backend.types import Scalar
 from gradflow.regularizers.base import (
     AbstractGradientNoise,
     as_parameter,
     check_std,
 )
-from gradflow.types import Scalar
 
 
 class GradientNoise(AbstractGradientNoise):

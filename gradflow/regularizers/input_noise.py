@@ -6,8 +6,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.products import product
+from gradflow.backend.types import EndToEnd, Scalar
 from gradflow.data import Regression
-from gradflow.products import product
 from gradflow.regularizers.base import (
     AbstractDataNoise,
     NoiseMoments,
@@ -15,7 +16,6 @@ from gradflow.regularizers.base import (
     check_std,
     symmetric_normal,
 )
-from gradflow.types import EndToEnd, Scalar
 
 
 class InputNoise(AbstractDataNoise):

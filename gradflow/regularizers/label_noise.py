@@ -6,15 +6,15 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.products import product
+from gradflow.backend.types import EndToEnd, Scalar
 from gradflow.data import Regression
-from gradflow.products import product
 from gradflow.regularizers.base import (
     AbstractDataNoise,
     NoiseMoments,
     as_parameter,
     check_std,
 )
-from gradflow.types import EndToEnd, Scalar
 
 
 class LabelNoise(AbstractDataNoise):

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gradflow.backend.products import product
+from gradflow.backend.tracing import float_of
+from gradflow.backend.types import EndToEnd
 from gradflow.data import Regression
-from gradflow.products import product
+from gradflow.random.streams import Stream
 from gradflow.regularizers.base import (
     AbstractBatch,
     NoiseMoments,
     population_rows,
     symmetric_normal,
 )
-from gradflow.streams import Stream
-from gradflow.tracing import float_of
-from gradflow.types import EndToEnd
 
 MOST_ROWS = 2**31 - 1
 """Rows are counted in 32 bits."""

@@ -8,8 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.regularizers.base import AbstractPenalty, first_line
-from gradflow.types import Scalar, Weights
 
 
 class Penalty(AbstractPenalty):

@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.products import product
+from gradflow.backend.types import Scalar, Weights
 from gradflow.data import Regression
 from gradflow.loss import moment_loss, pull_back
-from gradflow.products import product
+from gradflow.random.streams import Stream
 from gradflow.regularizers.averaged import (
     add_penalties,
     end_to_end_mean,
@@ -50,8 +52,6 @@ from gradflow.regularizers.diffusion import (
     gradient_normals,
     has_diffusion_factor,
 )
-from gradflow.streams import Stream
-from gradflow.types import Scalar, Weights
 
 Pairs = list[tuple[AbstractRegularizer, Any]]
 

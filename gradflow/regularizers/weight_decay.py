@@ -5,8 +5,8 @@ from functools import partial
 import equinox as eqx
 import jax.numpy as jnp
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.regularizers.base import AbstractPenalty, as_parameter, check_nonnegative
-from gradflow.types import Scalar, Weights
 
 
 class WeightDecay(AbstractPenalty):

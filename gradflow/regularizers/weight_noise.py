@@ -6,6 +6,8 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import Scalar
+from gradflow.random.streams import Stream
 from gradflow.regularizers.base import (
     AbstractWeightNoise,
     as_layers,
@@ -15,8 +17,6 @@ from gradflow.regularizers.base import (
     check_within,
     layer_shapes,
 )
-from gradflow.streams import Stream
-from gradflow.types import Scalar
 
 
 class WeightNoise(AbstractWeightNoise):

@@ -9,13 +9,13 @@ from typing import Literal
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from gradflow.analysis.agreement import AGREE, UNDECIDED, decide
+from gradflow.analysis.comparison.agreement import AGREE, UNDECIDED, decide
 from gradflow.analysis.local_rates import local_rates
 from gradflow.analysis.rates import FEWEST_POINTS, Rate, decay_rate
 from gradflow.analysis.statistics import read_paths, trapezoid_weights, weighted_line
 from gradflow.report.reading import RunView, run_views
 from gradflow.study.results import StudyResult
-from gradflow.study.tables import GradientDescent, SlowFlow, StochasticFlow
+from gradflow.study.spec.tables import GradientDescent, SlowFlow, StochasticFlow
 
 TOLERANCE = 0.05
 """Relative difference of two rates within which they agree."""

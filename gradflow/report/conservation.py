@@ -20,7 +20,7 @@ from gradflow.report.drawing import (
 from gradflow.report.reading import RunView, drift, observable_label, run_views, time_label
 from gradflow.report.style import MUTED, axis_label, log_axis, new_figure
 from gradflow.study.results import StudyResult
-from gradflow.study.spec import Conservation
+from gradflow.study.spec.spec import Conservation
 
 _PANEL = 2.5
 

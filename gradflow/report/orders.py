@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from gradflow.analysis.order_fit import SIGNIFICANT
-from gradflow.analysis.order_results import OrderPoints, OrderRow, Orders
+from gradflow.analysis.convergence.fit import SIGNIFICANT
+from gradflow.analysis.convergence.results import OrderPoints, OrderRow, Orders
 from gradflow.report.drawing import Drawing, legend_below, legend_height, sentence
 from gradflow.report.style import (
     FAINT,

@@ -21,7 +21,7 @@ from gradflow.report.drawing import (
 from gradflow.report.reading import RunView, plane, run_views, scalar_moments
 from gradflow.report.style import FAINT, INK, MUTED, UNREGULARIZED, WIDTH, new_figure
 from gradflow.study.results import StudyResult
-from gradflow.study.spec import PhasePortrait
+from gradflow.study.spec.spec import PhasePortrait
 
 _LOSS_COLOURS = LinearSegmentedColormap.from_list("loss", ["#ffffff", "#e9e9ee", "#d3d4de"])
 

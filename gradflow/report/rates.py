@@ -16,7 +16,7 @@ from gradflow.report.formatting import number
 from gradflow.report.reading import RunView, diverged_text, run_views
 from gradflow.report.style import INK, MUTED, axis_label, log_axis, new_figure, shaded
 from gradflow.study.results import StudyResult
-from gradflow.study.spec import Rates
+from gradflow.study.spec.spec import Rates
 
 _TITLES = {
     "optimization_rate": ("optimization rate", "1/flow time"),

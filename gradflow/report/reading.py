@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from gradflow.dynamics.effective_time import differ_in_momentum, effective_time, momentum_of
 from gradflow.report.style import LineStyle, group_colours, line_style, shaded
 from gradflow.study.results import RunResult, StudyResult
-from gradflow.study.spec import RunSpec
-from gradflow.study.tables import SlowFlow
+from gradflow.study.spec.spec import RunSpec
+from gradflow.study.spec.tables import SlowFlow
 
 
 @dataclass(frozen=True)

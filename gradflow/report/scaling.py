@@ -13,10 +13,10 @@ from gradflow.report.drawing import Drawing, divergence_note, legend_below, lege
 from gradflow.report.formatting import with_error
 from gradflow.report.reading import RunView, observable_label, run_views
 from gradflow.report.style import MUTED, axis_label, log_axis, new_figure, shaded
-from gradflow.study.check import parameters
-from gradflow.study.measures import MEASURES
+from gradflow.study.claims.measures import MEASURES
 from gradflow.study.results import StudyResult
-from gradflow.study.spec import ClaimSpec, Scaling
+from gradflow.study.spec.check import parameters
+from gradflow.study.spec.spec import ClaimSpec, Scaling
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 

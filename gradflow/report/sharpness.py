@@ -9,8 +9,8 @@ from gradflow.report.drawing import Drawing
 from gradflow.report.reading import RunView, run_views
 from gradflow.report.time_series import draw_time_series
 from gradflow.study.results import StudyResult
-from gradflow.study.spec import TimeSeries
-from gradflow.study.tables import DynamicsSpec, SlowFlow
+from gradflow.study.spec.spec import TimeSeries
+from gradflow.study.spec.tables import DynamicsSpec, SlowFlow
 
 TITLE = "Sharpness and its lower bound"
 

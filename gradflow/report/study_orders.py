@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from gradflow.analysis.order_results import Orders
+from gradflow.analysis.convergence.results import Orders
 from gradflow.report.drawing import Drawing, sentence
 from gradflow.report.orders import draw_orders
 from gradflow.study.results import OrdersResult, StudyResult
-from gradflow.study.spec import Orders as OrdersFigure
+from gradflow.study.spec.spec import Orders as OrdersFigure
 
 
 def draw_study_orders(result: StudyResult, spec: OrdersFigure) -> Drawing:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradflow.analysis.order_results import OrderRow
+from gradflow.analysis.convergence.results import OrderRow
 from gradflow.report.against_theory import compared_rates
 from gradflow.report.formatting import (
     MISSING,

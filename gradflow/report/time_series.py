@@ -32,7 +32,7 @@ from gradflow.report.reading import (
 )
 from gradflow.report.style import MUTED, axis_label, log_axis, new_figure, shaded
 from gradflow.study.results import StudyResult
-from gradflow.study.spec import TimeSeries
+from gradflow.study.spec.spec import TimeSeries
 
 _FLOORS = {"excess_loss": "loss_floor"}
 """Observables that have a predicted plateau, and the observable that holds it."""

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from gradflow.types import Scalar
+from gradflow.backend.types import Scalar
 
 
 class AbstractWrappingController(diffrax.AbstractAdaptiveStepSizeController):

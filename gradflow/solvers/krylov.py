@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.backend.types import Scalar
 from gradflow.solvers.promotion import promoting
-from gradflow.types import Scalar
 
 DIRECTIONS = 24
 """Directions that are searched at most."""

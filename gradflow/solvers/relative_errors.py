@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from gradflow.backend.types import Scalar
 from gradflow.solvers.base import AbstractWrappingController, largest
 from gradflow.solvers.promotion import promoting
-from gradflow.types import Scalar
 
 ROUNDING = 64.0
 """Rounding errors of the largest number of the state that the error of a step may always have."""

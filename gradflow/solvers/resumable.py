@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from gradflow.backend.types import Scalar
 from gradflow.solvers.base import AbstractWrappingController
 from gradflow.solvers.promotion import promoting
-from gradflow.types import Scalar
 
 SHRINK = 0.1
 """Factor on the length of a step that overflowed."""

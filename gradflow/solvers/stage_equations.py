@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.backend.types import Scalar
 from gradflow.solvers.krylov import norm, solve_linear
-from gradflow.types import Scalar
 
 Vector: TypeAlias = Float[Array, " n"]
 

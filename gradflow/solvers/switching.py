@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array
 
+from gradflow.backend.types import Scalar
 from gradflow.solvers.dormand_prince import DormandPrince853
 from gradflow.solvers.promotion import promoting
 from gradflow.solvers.stabilized import Stabilized5
-from gradflow.types import Scalar
 
 ACCURATE, STABLE = DormandPrince853(), Stabilized5()
 

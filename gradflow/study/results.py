@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gradflow.analysis.orders import Orders
+from gradflow.analysis.convergence.orders import Orders
 from gradflow.analysis.phases import Phases
-from gradflow.analysis.prediction import Prediction
+from gradflow.analysis.prediction.rate_laws import Prediction
 from gradflow.analysis.rates import Rate
-from gradflow.study.order_tables import OrdersSpec
-from gradflow.study.spec import RunSpec, StudySpec
-from gradflow.trajectory import Trajectory
+from gradflow.results.trajectory import Trajectory
+from gradflow.study.spec.order_tables import OrdersSpec
+from gradflow.study.spec.spec import RunSpec, StudySpec
 
 Verdict = Literal["holds", "fails", "undecided"]
 

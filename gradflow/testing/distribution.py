@@ -11,14 +11,14 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from gradflow.divergence import no_diverged_warning
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.simulate import simulate
+from gradflow.results.trajectory import Trajectory
+from gradflow.simulation.divergence import no_diverged_warning
+from gradflow.simulation.simulate import simulate
 from gradflow.testing.running import checked_problem, entry_name, key_of
 from gradflow.testing.showing import message, show_network, show_problem, show_subject
-from gradflow.trajectory import Trajectory
 
 Sample: TypeAlias = Any
 """Replicas `(R, ...)`, a `Trajectory` with replicas, or a dynamics."""

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from gradflow.divergence import no_diverged_warning
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.simulate import simulate
+from gradflow.simulation.divergence import no_diverged_warning
+from gradflow.simulation.simulate import simulate
 from gradflow.testing.showing import message, show_network, show_problem, show_subject
 
 Layers: TypeAlias = list[np.ndarray]

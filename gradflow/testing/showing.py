@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from gradflow.data import Regression
-from gradflow.describe import describe
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.regularizers import AbstractRegularizer
+from gradflow.results.serialize import describe
 
 LARGEST_SHOWN = 8
 """Rows and columns of a matrix that are written out."""

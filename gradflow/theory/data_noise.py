@@ -4,12 +4,12 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.products import product
+from gradflow.backend.types import Weights
 from gradflow.geometry.base import OutputLoss
 from gradflow.problem import Problem
-from gradflow.products import product
 from gradflow.regularizers.base import NoiseMoments
 from gradflow.regularizers.diffusion import data_sources
-from gradflow.types import Weights
 
 
 class DataNoise(eqx.Module):

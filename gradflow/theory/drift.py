@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.geometry.imbalance import gram_differences, squared_norms
 from gradflow.loss import pull_back
 from gradflow.network import DeepLinear, left_products, right_products, widths_of
@@ -15,7 +16,6 @@ from gradflow.theory.noise import (
     noise_columns,
     noise_covariance,
 )
-from gradflow.types import Scalar, Weights
 
 TIED = 1e-6
 """Relative difference of squared norms below which two layers are tied."""

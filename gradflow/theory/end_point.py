@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Int
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.imbalance import imbalance
 from gradflow.geometry.manifold import retract
@@ -20,7 +21,6 @@ from gradflow.problem import Problem
 from gradflow.theory.normal_response import normal_response
 from gradflow.theory.slow_drift import bend, slow_drift
 from gradflow.theory.stationary import training_law
-from gradflow.types import Scalar, Weights
 
 STILL = 1e-9
 """Velocity, relative to that of a force which nothing balances, at which the flow has ended."""

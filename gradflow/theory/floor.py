@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
+from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.loss import push_forward
 from gradflow.network import end_to_end, left_products, right_products
 from gradflow.problem import Problem
@@ -10,7 +11,6 @@ from gradflow.regularizers.averaged import add_penalties
 from gradflow.regularizers.weight_decay import WeightDecay
 from gradflow.theory.noise import check_outside
 from gradflow.theory.stationary import stationary_covariance
-from gradflow.types import EndToEnd, Scalar, Weights
 
 INSTEAD = (
     "it moves the minima themselves; watch averaged_loss and gradient_norm, and compare with a "

@@ -48,6 +48,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import EndToEnd, Weights
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.manifold import tangent
 from gradflow.loss import pull_back
@@ -63,7 +64,6 @@ from gradflow.regularizers.diffusion import data_sources
 from gradflow.theory.layer_numbers import Numbers, is_mask, numbers_of, unit_matrices
 from gradflow.theory.noise import gradient_noise_variances
 from gradflow.theory.row_moments import data_columns, moment_columns
-from gradflow.types import EndToEnd, Weights
 
 
 def perturbation_covariance(problem: Problem, weights: Weights) -> Float[Array, "outputs outputs"]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import EndToEnd, Weights
 from gradflow.loss import pull_back
 from gradflow.network import left_products, right_products, widths_of
 from gradflow.regularizers.base import (
@@ -19,7 +20,6 @@ from gradflow.regularizers.base import (
 )
 from gradflow.regularizers.drop_connect import DropConnect
 from gradflow.regularizers.dropout import Dropout
-from gradflow.types import EndToEnd, Weights
 
 
 class Numbers(NamedTuple):

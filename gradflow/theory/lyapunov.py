@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import Weights
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.curvature import minima_sharpness
 from gradflow.geometry.kernel import Kernel, KernelBasis, kernel_at, kernel_basis
@@ -28,7 +29,6 @@ from gradflow.theory.data_noise import DataNoise
 from gradflow.theory.mean_square import certifies, unless
 from gradflow.theory.response import AbstractResponse, MatrixResponse, TurnedResponse
 from gradflow.theory.stationary import Law
-from gradflow.types import Weights
 
 RTOL = 1e-10
 """Residual of the scaled equation at which the iteration ends."""

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gradflow.types import Scalar
+from gradflow.backend.types import Scalar
 
 MARGIN = 1e3
 """Smallest eigenvalue that is certainly positive, in rounding errors of the trace."""

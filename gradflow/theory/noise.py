@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.problem import Problem
 from gradflow.regularizers.base import AbstractGradientNoise, AbstractLayerNoise
 from gradflow.regularizers.diffusion import data_sources, end_to_end_covariance
-from gradflow.types import Scalar, Weights
 
 
 def check_outside(problem: Problem, what: str, instead: str) -> None:

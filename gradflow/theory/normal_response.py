@@ -3,6 +3,7 @@ r"""The response $\Psi = K^+ X$ of every noise, in the form that is cheapest for
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 
+from gradflow.backend.types import Weights
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.kernel import Kernel, kernel_at
 from gradflow.problem import Problem
@@ -15,7 +16,6 @@ from gradflow.theory.response import (
     UniformResponse,
 )
 from gradflow.theory.stationary import Fluctuation, Law, fluctuation
-from gradflow.types import Weights
 
 LARGEST_DECOMPOSED = 2_048
 """Size $d_N d_0$ up to which noise inside the network or on the gradient is covered: there the

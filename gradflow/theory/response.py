@@ -14,8 +14,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import Scalar
 from gradflow.geometry.kernel import KernelBasis
-from gradflow.types import Scalar
 
 
 class AbstractResponse(eqx.Module):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import EndToEnd, Weights
 from gradflow.network import end_to_end
 from gradflow.problem import Problem
 from gradflow.regularizers.base import (
@@ -20,7 +21,6 @@ from gradflow.regularizers.base import (
 from gradflow.regularizers.diffusion import data_sources
 from gradflow.regularizers.label_noise import LabelNoise
 from gradflow.theory.layer_numbers import unit_matrices
-from gradflow.types import EndToEnd, Weights
 
 
 def moment_columns(

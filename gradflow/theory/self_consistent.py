@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gradflow.types import Scalar
+from gradflow.backend.types import Scalar
 
 MOST_STEPS = 300
 """Products with $F$ until the equation is given up."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, ArrayLike, Float
 
+from gradflow.backend.types import Weights
 from gradflow.geometry.base import OutputLoss, output_loss
 from gradflow.geometry.kernel import kernel_at
 from gradflow.geometry.manifold import tangent
@@ -24,7 +25,6 @@ from gradflow.theory.layer_noise import layer_noise_cross
 from gradflow.theory.normal_response import has_inner_noise, normal_response
 from gradflow.theory.response import AbstractResponse
 from gradflow.theory.stationary import Fluctuation, Law, training_law
-from gradflow.types import Weights
 
 Solve: TypeAlias = Callable[[Float[Array, " outputs"]], Float[Array, " outputs"]]
 

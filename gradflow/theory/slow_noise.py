@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import Weights
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.manifold import tangent
 from gradflow.problem import Problem
@@ -32,7 +33,6 @@ from gradflow.regularizers.diffusion import data_sources
 from gradflow.theory.layer_numbers import is_mask, numbers_of
 from gradflow.theory.noise import gradient_noise_variances
 from gradflow.theory.row_moments import compressed, data_columns, moment_columns, row_moments
-from gradflow.types import Weights
 
 NEGLIGIBLE = 1e-26
 """Variance, as a fraction of that of the data, below which rounding errors make it."""

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.manifold import retract
 from gradflow.problem import Problem
 from gradflow.theory.end_point import ATOL, RTOL, STILL, driving_force
 from gradflow.theory.slow_drift import slow_drift
-from gradflow.types import Scalar, Weights
 
 SHORTEST = 1e-13
 """Shortest step, as a share of the time to go."""

@@ -3,6 +3,7 @@ r"""How sure the slow flow is: the size of the fast fluctuation, and the scatter
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.imbalance import squared_norms
 from gradflow.network import DeepLinear, left_products, right_products
@@ -11,7 +12,6 @@ from gradflow.theory.layer_numbers import is_mask
 from gradflow.theory.noise import check_outside
 from gradflow.theory.normal_response import normal_response
 from gradflow.theory.stationary import fluctuation, training_law
-from gradflow.types import Scalar, Weights
 
 
 def fluctuation_share(

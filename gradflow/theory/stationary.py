@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.curvature import kernel_of_root
 from gradflow.problem import Problem
@@ -24,7 +25,6 @@ from gradflow.theory.mean_square import (
     unless,
 )
 from gradflow.theory.self_consistent import self_consistent
-from gradflow.types import Scalar, Weights
 
 
 class Fluctuation(eqx.Module):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gradflow.accumulators import Moments
+from gradflow.results.moments import Moments
 
 RNG = np.random.default_rng(0)
 VALUES = RNG.normal(size=(4, 4)) @ RNG.normal(size=(4, 1000)) + [[0.0], [10.0], [-3.0], [1e3]]

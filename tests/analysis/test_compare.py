@@ -6,9 +6,9 @@ import pytest
 from scipy import stats
 
 import gradflow as gf
-from gradflow.analysis.agreement import AGREE, DIFFER, UNDECIDED, decide
-from gradflow.analysis.compare import compare, compare_trajectories
-from gradflow.analysis.matched_times import common_grid
+from gradflow.analysis.comparison.agreement import AGREE, DIFFER, UNDECIDED, decide
+from gradflow.analysis.comparison.compare import compare, compare_trajectories
+from gradflow.analysis.comparison.matched_times import common_grid
 
 TIME = np.linspace(0.0, 5.0, 6)
 FLOW = {"dynamics": gf.GradientFlow()}

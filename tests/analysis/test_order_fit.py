@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gradflow.analysis.order_fit import (
+from gradflow.analysis.convergence.fit import (
     BELOW,
     DRIFTING,
     RESOLVED,

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import gradflow as gf
-from gradflow.analysis.controls import brownian_controls, controlled_mean
-from gradflow.analysis.coupling import BrownianGrid, at_step_size, couple
-from gradflow.analysis.orders import orders
+from gradflow.analysis.convergence.controls import brownian_controls, controlled_mean
+from gradflow.analysis.convergence.coupling import BrownianGrid, at_step_size, couple
+from gradflow.analysis.convergence.orders import orders
 from gradflow.dynamics import SVAG, GradientDescent, GradientFlow, StochasticFlow
 from gradflow.dynamics.modified_flow import ModifiedFlow
-from gradflow.simulate import InterruptedWarning
-from gradflow.streams import Stream
+from gradflow.random.streams import Stream
+from gradflow.simulation.simulate import InterruptedWarning
 
 H = [0.1, 0.05, 0.025, 0.0125]
 DATA = gf.Regression.whitened(target=[[1.0]])

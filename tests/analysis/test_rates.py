@@ -5,7 +5,7 @@ import pytest
 from scipy import integrate, stats
 
 import gradflow as gf
-from gradflow.analysis.along import rate_along
+from gradflow.analysis.prediction.along import rate_along
 from gradflow.analysis.rates import decay_rate, drift
 from gradflow.analysis.statistics import trapezoid_weights
 

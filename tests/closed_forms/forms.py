@@ -10,8 +10,8 @@ from jaxtyping import Array
 from numpy.typing import ArrayLike
 
 import gradflow as gf
+from gradflow.backend.types import Weights
 from gradflow.closed_forms import CLOSED_FORMS, AbstractClosedForm
-from gradflow.types import Weights
 
 MOST_TIMES = 9
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gradflow as gf
-from gradflow import runner
+from gradflow.simulation import slices as runner
 
 SCALAR = gf.DeepLinear([[[0.9]], [[-0.4]]])
 MATRIX = gf.init.gaussian((3, 2, 2), key=jax.random.key(1), scale=0.5)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import gradflow as gf
-from gradflow.streams import Stream
+from gradflow.random.streams import Stream
 
 PROBLEM = gf.Problem(gf.Regression.whitened([[1.0]]))
 NET = gf.DeepLinear([[[2.0]], [[0.1]]])

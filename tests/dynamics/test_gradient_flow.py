@@ -11,8 +11,8 @@ import reference
 import training
 
 import gradflow as gf
+from gradflow.backend.types import Scalar, Weights
 from gradflow.regularizers import AbstractPenalty
-from gradflow.types import Scalar, Weights
 
 SHAPES = [(3, 2), (2, 3, 2), (3, 2, 2, 1), (2, 3, 1, 3, 2)]
 TIMES = np.array([0.0, 0.01, 0.3, 1.0, 1.7, 4.0])

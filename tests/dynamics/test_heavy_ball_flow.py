@@ -13,7 +13,7 @@ from reference import Layers
 from scipy.integrate import solve_ivp
 
 import gradflow as gf
-from gradflow.streams import Source
+from gradflow.random.streams import Source
 
 WIDTHS = (3, 2, 3, 2)
 RATE = 0.15

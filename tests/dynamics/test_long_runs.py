@@ -11,9 +11,9 @@ import pytest
 from scipy.integrate import quad
 
 import gradflow as gf
+from gradflow.backend.types import Scalar, Weights
 from gradflow.dynamics import integration
 from gradflow.regularizers.base import AbstractPenalty
-from gradflow.types import Scalar, Weights
 
 SCALAR = gf.Problem(gf.Regression.whitened([[1.0]]))
 WATCH = ["loss", "imbalance", "end_to_end"]
@@ -267,7 +267,7 @@ def test_how_long_a_call_is_changes_no_bit(monkeypatch: pytest.MonkeyPatch):
         return gf.simulate(problem, starts, gf.GradientFlow(), t1=100.0, save=5)
 
     quick = run()
-    monkeypatch.setattr("gradflow.runner.SLICE_SECONDS", 0.0)  # as few steps a call as there are
+    monkeypatch.setattr("gradflow.simulation.slices.SLICE_SECONDS", 0.0)  # few steps a call
     slow = run()
     for name in ("loss", "imbalance"):
         np.testing.assert_array_equal(quick[name], slow[name])

@@ -13,8 +13,8 @@ import training
 from scipy.integrate import solve_ivp
 
 import gradflow as gf
-from gradflow.describe import check_rebuilds, describe, rebuild_dynamics
 from gradflow.dynamics.slow_flow import EdgeOfStabilityWarning, SlowFlow
+from gradflow.results.serialize import check_rebuilds, describe, rebuild_dynamics
 
 WHITE = gf.Regression.whitened(target=[[1.0]])
 CHAIN = gf.DeepLinear([[[1.5]], [[1 / 1.5]]])

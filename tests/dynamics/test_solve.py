@@ -12,8 +12,8 @@ from jaxtyping import Array
 from scipy.integrate import solve_ivp
 
 import gradflow as gf
+from gradflow.backend.types import Scalar
 from gradflow.dynamics.integration import MANY, SolverMemory, integrate
-from gradflow.types import Scalar
 
 TIMES = np.array([0.0, 0.3, 1.0, 2.5])
 NET = gf.DeepLinear([[[0.5, 0.2], [0.1, -0.4], [0.3, 0.3]], [[0.2, 0.6, -0.1]]])

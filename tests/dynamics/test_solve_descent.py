@@ -10,7 +10,7 @@ import pytest
 from jaxtyping import Array
 
 import gradflow as gf
-from gradflow.types import Scalar
+from gradflow.backend.types import Scalar
 
 RNG = np.random.default_rng(1)
 SAMPLE = gf.Regression.from_samples(RNG.normal(size=(6, 2)), RNG.normal(size=(6, 1)))

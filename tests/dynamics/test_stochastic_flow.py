@@ -16,8 +16,8 @@ import gradflow as gf
 from gradflow.dynamics.modified_flow import modified_drift
 from gradflow.dynamics.sde_terms import stratonovich_shift
 from gradflow.dynamics.stochastic_flow import CoarseIntegrationWarning, SampledDiffusionWarning
+from gradflow.random.streams import Stream
 from gradflow.regularizers import Dropout, GradientNoise
-from gradflow.streams import Stream
 
 KEY = jax.random.key(11)
 WIDTHS = (2, 3, 2)

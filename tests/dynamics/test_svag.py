@@ -14,7 +14,7 @@ import training
 import gradflow as gf
 from gradflow.dynamics import svag
 from gradflow.dynamics.base import begun
-from gradflow.streams import Source, Stream
+from gradflow.random.streams import Source, Stream
 
 KEY = jax.random.key(11)
 WIDTHS = (2, 3, 2)

@@ -13,7 +13,7 @@ import pytest
 from jaxtyping import Array
 
 import gradflow as gf
-from gradflow.types import Scalar
+from gradflow.backend.types import Scalar
 
 RNG = np.random.default_rng(0)
 INPUTS, TARGETS = RNG.normal(size=(7, 2)), RNG.normal(size=(7, 1))

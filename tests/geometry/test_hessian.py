@@ -14,9 +14,9 @@ from reference import as_numpy, assert_close, scale
 from strategies import cases
 
 import gradflow as gf
+from gradflow.backend.types import Weights
 from gradflow.geometry import hessian, hessian_vector_product
 from gradflow.geometry.hessian import dense_hessian
-from gradflow.types import Weights
 
 matrix_of = compiled(lambda net, data: hessian(net, data).as_matrix())
 

@@ -12,7 +12,7 @@ from reference import assert_close, balancedness, scale
 
 import gradflow as gf
 import gradflow.testing as gt
-from gradflow.streams import Stream
+from gradflow.random.streams import Stream
 
 X = np.array([[1.0, 0.3], [-0.5, 1.2], [0.7, -0.8], [0.2, 0.9]])
 Y = np.array([[0.5, -0.2], [1.5, 0.4], [-1.0, 0.9], [0.3, 0.1]])

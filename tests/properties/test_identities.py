@@ -13,7 +13,7 @@ from strategies import cases, networks
 import gradflow as gf
 import gradflow.testing as gt
 from gradflow.loss import pull_back
-from gradflow.streams import Stream
+from gradflow.random.streams import Stream
 
 STEPS = st.sampled_from([0.1, 0.01, 0.5])
 RATES = st.sampled_from([0.3, 0.0, 2.0])

@@ -13,8 +13,8 @@ from compiled import averages, compiled, draws, faces, sampled_gradients
 from reference import as_numpy, assert_close, scale
 
 import gradflow as gf
+from gradflow.random.streams import Stream
 from gradflow.regularizers import DropConnect, Dropout, GradientNoise, WeightNoise
-from gradflow.streams import Stream
 from gradflow.theory import flow_balancedness_drift
 
 SXX = np.array([[1.3, 0.4], [0.4, 0.8]])

@@ -17,8 +17,8 @@ from compiled import averages, inner_faces, sampled_gradients
 from reference import as_numpy, assert_close, mean_and_covariance, scale
 
 import gradflow as gf
+from gradflow.random.streams import Stream
 from gradflow.regularizers import DropConnect, Dropout, GradientNoise, WeightNoise
-from gradflow.streams import Stream
 
 ONE_ROW = (np.array([[1.2]]), np.array([[-0.7]]))
 TWO_ROWS = (np.array([[1.2], [0.4]]), np.array([[-0.7], [0.9]]))

@@ -11,8 +11,8 @@ from compiled import centred_statistics, draws, sampled_gradients
 from reference import assert_close, scale
 
 import gradflow as gf
+from gradflow.random.streams import Stream
 from gradflow.regularizers import DropConnect, Dropout, GradientNoise, WeightNoise
-from gradflow.streams import Stream
 
 CONNECT, NOISE = DropConnect(0.2), WeightNoise(0.3)
 ANTI = WeightNoise(0.4, anticorrelated=True, layers=[1])

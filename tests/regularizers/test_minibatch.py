@@ -12,7 +12,7 @@ import scipy.stats
 from compiled import compiled
 
 import gradflow as gf
-from gradflow.streams import Stream
+from gradflow.random.streams import Stream
 from gradflow.theory import noise_covariance
 
 KEY = jax.random.key(11)

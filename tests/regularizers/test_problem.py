@@ -10,7 +10,7 @@ import pytest
 from compiled import draws
 
 import gradflow as gf
-from gradflow.streams import Stream
+from gradflow.random.streams import Stream
 
 DATA = gf.Regression.whitened([[1.0, 0.5]], n=4)
 

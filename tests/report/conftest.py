@@ -15,12 +15,12 @@ import xarray as xr
 
 import gradflow as gf
 from gradflow.analysis.phases import Phases
-from gradflow.analysis.predict import Prediction
+from gradflow.analysis.prediction.predict import Prediction
 from gradflow.analysis.rates import Rate
-from gradflow.study.build import build_dynamics
+from gradflow.results.trajectory import Trajectory
 from gradflow.study.results import ClaimResult, RunResult, StudyResult
-from gradflow.study.spec import StudySpec
-from gradflow.trajectory import Trajectory
+from gradflow.study.run.build import build_dynamics
+from gradflow.study.spec.spec import StudySpec
 
 SPEC: dict[str, Any] = {
     "name": "small",

@@ -7,8 +7,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from gradflow.analysis.order_fit import fit_order
-from gradflow.analysis.order_results import OrderPoints, OrderRow, Orders
+from gradflow.analysis.convergence.fit import fit_order
+from gradflow.analysis.convergence.results import OrderPoints, OrderRow, Orders
 from gradflow.report.orders import draw_orders
 from gradflow.report.style import save_figure
 

@@ -20,7 +20,7 @@ from gradflow.report.theory_ratios import draw_theory_ratios
 from gradflow.report.theory_table import theory_lines
 from gradflow.report.time_series import draw_time_series
 from gradflow.study.results import StudyResult
-from gradflow.study.spec import TimeSeries
+from gradflow.study.spec.spec import TimeSeries
 
 MakeStudy = Callable[..., StudyResult]
 

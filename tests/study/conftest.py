@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gradflow.study.load import Study, load_study
+from gradflow.study.spec.load import Study, load_study
 
 
 @pytest.fixture

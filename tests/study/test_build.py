@@ -6,8 +6,8 @@ import pytest
 from specs import HEAD, RUN
 
 import gradflow as gf
-from gradflow.study.build import prepare, run_key
-from gradflow.study.load import SpecError
+from gradflow.study.run.build import prepare, run_key
+from gradflow.study.spec.load import SpecError
 
 
 def built(load, text):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from gradflow.study.build import prepare
-from gradflow.study.experiments import find, shipped, titles
-from gradflow.study.load import load_study
+from gradflow.cli.experiments import find, shipped, titles
+from gradflow.study.run.build import prepare
+from gradflow.study.spec.load import load_study
 
 
 def test_the_experiments_are_there():

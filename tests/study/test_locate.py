@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gradflow.study.experiments import shipped
-from gradflow.study.locate import Lines, syntax_error_line
+from gradflow.cli.experiments import shipped
+from gradflow.study.spec.locate import Lines, syntax_error_line
 
 NUMBERED = '''\
 # a comment with a = 1, [brackets] and "quotes"

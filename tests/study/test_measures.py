@@ -10,9 +10,9 @@ from specs import make_run
 
 import gradflow as gf
 from gradflow.analysis import Phases, Prediction, predict
-from gradflow.study.measures import MEASURES
-from gradflow.study.quantities import QUANTITIES
-from gradflow.study.spec import ClaimSpec
+from gradflow.study.claims.measures import MEASURES
+from gradflow.study.spec.quantities import QUANTITIES
+from gradflow.study.spec.spec import ClaimSpec
 
 
 def claim(quantity, **keys):

@@ -11,20 +11,20 @@ import pytest
 from specs import HEAD, RUN
 
 import gradflow as gf
-from gradflow.analysis.order_results import OrderPoints, OrderRow, Orders
+from gradflow.analysis.convergence.results import OrderPoints, OrderRow, Orders
 from gradflow.report.draw import draw_figures
 from gradflow.report.page import write_page
 from gradflow.report.study_orders import draw_study_orders
 from gradflow.report.tables import order_lines
-from gradflow.study.build import prepare
-from gradflow.study.load import SpecError
-from gradflow.study.order_measures import measure_order
-from gradflow.study.order_tables import OrdersSpec
-from gradflow.study.output import ResultFolder
-from gradflow.study.record import status, write_spec
+from gradflow.study.claims.order_measures import measure_order
 from gradflow.study.results import OrdersResult, StudyResult
-from gradflow.study.runner import run_study
-from gradflow.study.spec import ClaimSpec, Orders as OrdersFigure, StudySpec
+from gradflow.study.run.build import prepare
+from gradflow.study.run.output import ResultFolder
+from gradflow.study.run.record import status, write_spec
+from gradflow.study.run.runner import run_study
+from gradflow.study.spec.load import SpecError
+from gradflow.study.spec.order_tables import OrdersSpec
+from gradflow.study.spec.spec import ClaimSpec, Orders as OrdersFigure, StudySpec
 
 TABLE = """\
 [[orders]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gradflow.study.output import OutputError, ResultFolder, abandoned_folders, read_status
+from gradflow.study.run.output import OutputError, ResultFolder, abandoned_folders, read_status
 
 
 def finished(out: Path, name: str = "data.txt", status: str = "complete") -> Path:

@@ -10,12 +10,12 @@ import xarray as xr
 from specs import HEAD, RUN
 
 import gradflow as gf
-from gradflow.study import runner
-from gradflow.study.build import prepare, run_key
-from gradflow.study.output import ResultFolder
-from gradflow.study.progress import Silent
-from gradflow.study.record import status, write_spec
-from gradflow.study.runner import run_study
+from gradflow.study.run import runner
+from gradflow.study.run.build import prepare, run_key
+from gradflow.study.run.output import ResultFolder
+from gradflow.study.run.progress import Silent
+from gradflow.study.run.record import status, write_spec
+from gradflow.study.run.runner import run_study
 
 NOISY = """\
 [[run]]

@@ -3,9 +3,9 @@
 import pytest
 from specs import HEAD, RUN
 
-from gradflow.study.faults import suggestion
-from gradflow.study.load import SpecError, load_study
-from gradflow.study.quantities import QUANTITIES
+from gradflow.study.spec.errors import suggestion
+from gradflow.study.spec.load import SpecError, load_study
+from gradflow.study.spec.quantities import QUANTITIES
 
 WRONG = """\
 name = "Bad Name"

@@ -12,11 +12,11 @@ from specs import HEAD, RUN, make_run
 
 import gradflow as gf
 from gradflow.analysis import Prediction
-from gradflow.study.claims import judge, rule
-from gradflow.study.output import ResultFolder
-from gradflow.study.record import write_claims
+from gradflow.study.claims.claims import judge, rule
 from gradflow.study.results import StudyResult
-from gradflow.study.spec import ClaimSpec, StudySpec
+from gradflow.study.run.output import ResultFolder
+from gradflow.study.run.record import write_claims
+from gradflow.study.spec.spec import ClaimSpec, StudySpec
 
 
 def claim(**keys):

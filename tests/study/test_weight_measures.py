@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from specs import make_run
 
-from gradflow.study.measures import MEASURES
-from gradflow.study.spec import ClaimSpec
+from gradflow.study.claims.measures import MEASURES
+from gradflow.study.spec.spec import ClaimSpec
 
 
 def measure(quantity, *runs):

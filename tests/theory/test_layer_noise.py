@@ -19,8 +19,8 @@ from reference import as_numpy, assert_close, mean_and_covariance, scale
 from training import unflatten
 
 import gradflow as gf
+from gradflow.random.streams import Stream
 from gradflow.regularizers import DropConnect, Dropout, GradientNoise, WeightNoise
-from gradflow.streams import Stream
 from gradflow.theory import noise_covariance
 from gradflow.theory.layer_noise import (
     layer_noise_cross,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from gradflow.backend.types import Scalar, Weights
 from gradflow.geometry import sharpness
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
@@ -17,7 +18,6 @@ from gradflow.testing.strategies.building import Draw, ValueOrStrategy, composit
 from gradflow.testing.strategies.data import data
 from gradflow.testing.strategies.networks import networks
 from gradflow.testing.strategies.regularizers import checked_kinds, regularizers as _regularizers
-from gradflow.types import Scalar, Weights
 
 SHARES = (1.0, 0.5, 0.1, 0.01)
 """Step sizes relative to the largest one allowed."""

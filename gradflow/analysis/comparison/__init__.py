@@ -1,0 +1,1 @@
+"""Whether runs agree, with errors and a verdict."""

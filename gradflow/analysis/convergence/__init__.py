@@ -1,0 +1,1 @@
+"""The orders in the step size at which two dynamics agree."""

@@ -1,0 +1,1 @@
+"""What gradflow asks of JAX and of the machine."""

@@ -1,0 +1,3 @@
+"""The command line."""
+
+from gradflow.cli.app import main as main

@@ -1,0 +1,1 @@
+"""What a run leaves: paths or statistics, in memory and on disk."""

@@ -1,0 +1,1 @@
+"""Running a dynamics on a problem: the one way in."""

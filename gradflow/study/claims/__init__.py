@@ -1,0 +1,1 @@
+"""How the quantities of claims are measured, and the verdicts."""

@@ -1,0 +1,150 @@
+"""Measures that read the stored weights of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from gradflow.geometry.imbalance import gram_differences
+from gradflow.loss import gradient
+from gradflow.network import DeepLinear
+from gradflow.regularizers import WeightDecay
+from gradflow.study.claims.measurement import (
+    Measure,
+    Measurement,
+    Values,
+    check_start,
+    registering,
+    stored_weights,
+)
+from gradflow.study.results import RunResult
+from gradflow.study.spec.spec import ClaimSpec
+from gradflow.study.spec.tables import GradientDescent
+
+WEIGHT_MEASURES: dict[str, Measure] = {}
+"""The measures that read stored weights, by the name of their quantity."""
+
+measures = registering(WEIGHT_MEASURES)
+
+
+@measures("balancedness_change")
+def balancedness_change(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
+    """Largest |G_i(t) - G_i(0)| over entries, layers, times and replicas."""
+    (run,) = runs
+    check_start(run)
+    return Measurement(
+        max(float(np.max(np.abs(g - g[:, :1]))) for g in _balancedness(stored_weights(run)))
+    )
+
+
+@measures("balancedness_decay")
+def balancedness_decay(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
+    """Largest |G_i(t) - exp(-2 rate t) G_i(0)| under weight decay of the gradient flow."""
+    (run,) = runs
+    check_start(run)
+    decay = _weight_decay(run)
+    factor = np.exp(-2 * decay * run.trajectory.time)[None, :, None, None]
+    return Measurement(
+        max(
+            float(np.max(np.abs(g - factor * g[:, :1]))) for g in _balancedness(stored_weights(run))
+        )
+    )
+
+
+@measures("gd_identity")
+def gd_identity(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
+    r"""Largest residual of the one-step identity of gradient descent.
+
+    $$G_i^+ = (1-h\lambda)^2 G_i + h^2 (g_{i+1}^\top g_{i+1} - g_i g_i^\top)$$
+
+    The gradients are those of the data loss at the stored weights, so the problem must have no
+    noise.
+    """
+    (run,) = runs
+    problem, dynamics = run.trajectory.problem, run.spec.dynamics
+    if not isinstance(dynamics, GradientDescent) or problem.is_stochastic:
+        raise ValueError("the one-step identity is checked for gradient descent without noise")
+    layers = stored_weights(run)
+    flat = tuple(jax.numpy.asarray(w.reshape(-1, *w.shape[2:])) for w in layers)
+    gradients = jax.vmap(lambda w: gradient(DeepLinear(w), problem.data))(flat)
+    if not isinstance(dynamics.step_size, float):
+        raise ValueError("the one-step identity is checked for a constant step size")
+    step, shape = dynamics.step_size, layers[0].shape[:2]
+    kicks = _balancedness(tuple(np.asarray(g).reshape(*shape, *g.shape[1:]) for g in gradients))
+    decay = (1 - step * _weight_decay(run)) ** 2
+    return Measurement(
+        max(
+            float(np.max(np.abs(g[:, 1:] - decay * g[:, :-1] - step**2 * kick[:, :-1])))
+            for g, kick in zip(_balancedness(layers), kicks, strict=True)
+        )
+    )
+
+
+@measures("diagonal_change")
+def diagonal_change(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
+    """Largest change of a diagonal entry of any G_i over layers, times and replicas."""
+    (run,) = runs
+    check_start(run)
+    diagonals = [np.diagonal(g, axis1=-2, axis2=-1) for g in _balancedness(stored_weights(run))]
+    return Measurement(max(float(np.max(np.abs(d - d[:, :1]))) for d in diagonals))
+
+
+@measures("noether_decay")
+def noether_decay(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
+    r"""Largest residual of the decay of the Noether charge under heavy-ball descent.
+
+    $$J_i^+ = \beta J_i, \qquad
+      J_i = \mathrm{skew}(W_{i+1}^\top V_{i+1} + W_i V_i^\top),$$
+
+    with the velocity $V$ of a step read off the weights before and after it, relative to the
+    largest $|J_i|$ at the start.
+    """
+    (run,) = runs
+    check_start(run)
+    dynamics = run.spec.dynamics
+    if not isinstance(dynamics, GradientDescent):
+        raise ValueError("the Noether charge decays by its momentum under GradientDescent only")
+    layers = stored_weights(run)
+    if len(layers) < 2:
+        raise ValueError("a network of depth 1 has no hidden rotation and no Noether charge")
+    steps = [np.diff(w, axis=1) for w in layers]
+    charges = []
+    for i in range(len(layers) - 1):
+        upper = _transposed(layers[i + 1][:, 1:]) @ steps[i + 1]
+        full = upper + layers[i][:, 1:] @ _transposed(steps[i])
+        charges.append((full - _transposed(full)) / 2)
+    size = max(float(np.max(np.abs(j[:, 0]))) for j in charges)
+    if size == 0.0:
+        raise ValueError("the Noether charge is 0 at the start; give the run a velocity")
+    beta = dynamics.momentum
+    residual = max(float(np.max(np.abs(j[:, 1:] - beta * j[:, :-1]))) for j in charges)
+    return Measurement(residual / size, detail=f"largest charge {size:.3g} after the first step")
+
+
+@measures("path_difference")
+def path_difference(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
+    """Largest difference of the weights of two runs over entries, layers, times and replicas."""
+    first, second = runs
+    if not np.allclose(first.trajectory.time, second.trajectory.time, rtol=1e-12, atol=0.0):
+        raise ValueError("the two runs are saved at different times")
+    pairs = zip(stored_weights(first), stored_weights(second), strict=True)
+    return Measurement(max(float(np.max(np.abs(a - b))) for a, b in pairs))
+
+
+def _transposed(stack: Values) -> Values:
+    return np.swapaxes(stack, -1, -2)
+
+
+def _balancedness(layers: Sequence[Values]) -> list[Values]:
+    """`G_i` (or the same difference of gradients) for layers with leading axes (replica, time)."""
+    if len(layers) < 2:
+        raise ValueError("a network of depth 1 has no layers to balance")
+    over_all = jax.vmap(jax.vmap(gram_differences))
+    return [np.asarray(g) for g in over_all(tuple(map(jax.numpy.asarray, layers)))]
+
+
+def _weight_decay(run: RunResult) -> float:
+    rates = [r.rate for r in run.trajectory.problem.regularizers if isinstance(r, WeightDecay)]
+    return float(sum(rates))

@@ -1,0 +1,1 @@
+"""Running a study and keeping what it leaves."""

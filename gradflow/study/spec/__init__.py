@@ -1,0 +1,1 @@
+"""Specs of studies: what a TOML file may say, checked."""

@@ -1,0 +1,23 @@
+"""The parts of a study that are carried out on their own."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from gradflow.study.spec.spec import Orders, StudySpec
+
+Part: TypeAlias = Literal["study", "runs", "orders"]
+
+
+def take_part(spec: StudySpec, part: Part) -> StudySpec:
+    """The study without what the part leaves out.
+
+    `"runs"` leaves out the [[orders]] tables, `"orders"` everything else.
+    """
+    if part == "runs":
+        return spec.model_copy(update={"orders": []})
+    if part == "orders":
+        figures = [figure for figure in spec.figure if isinstance(figure, Orders)]
+        claims = [claim for claim in spec.claim if claim.orders is not None]
+        return spec.model_copy(update={"run": [], "figure": figures, "claim": claims})
+    return spec
