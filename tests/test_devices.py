@@ -15,7 +15,7 @@ import pytest
 import gradflow as gf
 from gradflow.backend import jax_settings
 from gradflow.backend.devices import Devices, along_last, sharers
-from gradflow.dynamics.base import begun
+from gradflow.dynamics.base import initial_state
 from gradflow.simulation.slices import state_layout
 
 PROGRAM = """
@@ -161,7 +161,7 @@ def test_the_state_is_divided_by_paths():
     problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.5)])
     dynamics = gf.GradientDescent(lambda k: 0.1 / (1.0 + k), 0.9)
     weights = (jnp.ones((1, 1, 4)), jnp.ones((1, 1, 4)))
-    state = begun(dynamics, problem, weights, dynamics.noise_shapes(problem, (1, 1, 1)), 4)
+    state = initial_state(dynamics, problem, weights, dynamics.noise_shapes(problem, (1, 1, 1)), 4)
     layout = state_layout(state)
     normals, step_sizes = layout.noise
     assert step_sizes == along_last(2)

@@ -14,8 +14,8 @@ from specs import make_run
 import gradflow as gf
 from gradflow.analysis.boundary import mean_curves
 from gradflow.analysis.rates import decay_rate, drift
-from gradflow.analysis.statistics import read_paths, units_of
-from gradflow.random.antithetic import Units
+from gradflow.analysis.statistics import independent_samples, read_paths
+from gradflow.random.antithetic import IndependentSamples
 from gradflow.study.claims.measures import MEASURES
 from gradflow.study.spec.spec import ClaimSpec
 
@@ -39,39 +39,46 @@ def antithetic(**options: Any) -> Any:
 
 def test_replicas_are_their_own_units_without_pairs():
     kept = np.array([True, False, True, True])
-    units = Units(kept)
+    samples = IndependentSamples(kept)
     values = np.array([[1.0, 2.0], [3.0, 5.0], [5.0, 11.0]])
-    assert units.count == 3
-    np.testing.assert_array_equal(units.means(values), values)
-    np.testing.assert_allclose(units.standard_error(values), stats.sem(values))
+    assert samples.count == 3
+    np.testing.assert_array_equal(samples.means(values), values)
+    np.testing.assert_allclose(samples.standard_error(values), stats.sem(values))
 
 
 def test_pairs_are_units_where_both_are_kept():
     kept = np.array([True, True, False, True, True, True, False, False])
-    units = Units(kept, antithetic=True)
+    samples = IndependentSamples(kept, antithetic=True)
     values = np.array([1.0, 3.0, 100.0, 6.0, 8.0])  # of replicas 0, 1, 3, 4, 5
-    assert units.count == 2
-    np.testing.assert_array_equal(units.means(values), [2.0, 7.0])
-    assert units.standard_error(values) == pytest.approx(2.5)
+    assert samples.count == 2
+    np.testing.assert_array_equal(samples.means(values), [2.0, 7.0])
+    assert samples.standard_error(values) == pytest.approx(2.5)
     matrices = np.multiply.outer(values, np.eye(2))
-    np.testing.assert_allclose(units.standard_error(matrices), 2.5 * np.eye(2))
+    np.testing.assert_allclose(samples.standard_error(matrices), 2.5 * np.eye(2))
 
 
 @pytest.mark.parametrize(
-    "units", [Units(np.array([True])), Units(np.ones(2, bool), True), Units(np.eye(2)[0] > 0, True)]
+    "samples",
+    [
+        IndependentSamples(np.array([True])),
+        IndependentSamples(np.ones(2, bool), True),
+        IndependentSamples(np.eye(2)[0] > 0, True),
+    ],
 )
-def test_fewer_than_two_units_have_no_spread(units: Units):
-    error = units.standard_error(np.ones((int(units.kept.sum()), 3)))
+def test_fewer_than_two_units_have_no_spread(samples: IndependentSamples):
+    error = samples.standard_error(np.ones((int(samples.kept.sum()), 3)))
     assert error.shape == (3,) and np.isnan(error).all()
 
 
 def test_a_trajectory_says_which_of_its_replicas_are_independent():
     lost = np.arange(2 * COUNT) == 5
     values = np.ones((2 * COUNT, TIME.size))
-    units = units_of(antithetic(x=values, diverged=lost).trajectory)
-    assert units.antithetic and units.count == COUNT - 1
-    np.testing.assert_array_equal(units.kept, ~lost)
-    plain = units_of(make_run(time=TIME, replicas=2 * COUNT, x=values, diverged=lost).trajectory)
+    samples = independent_samples(antithetic(x=values, diverged=lost).trajectory)
+    assert samples.antithetic and samples.count == COUNT - 1
+    np.testing.assert_array_equal(samples.kept, ~lost)
+    plain = independent_samples(
+        make_run(time=TIME, replicas=2 * COUNT, x=values, diverged=lost).trajectory
+    )
     assert not plain.antithetic and plain.count == 2 * COUNT - 1
 
 

@@ -24,35 +24,41 @@ def plan(dynamics: gf.AbstractDynamics, **options: Any) -> Schedule:
 def test_linear_steps_of_a_gridded_dynamics():
     made = plan(DESCENT, steps=10, save=6)
     assert made.step is not None and made.step.tolist() == [0, 2, 4, 6, 8, 10]
-    assert made.marks.tolist() == [0, 2, 4, 6, 8, 10]
+    assert made.save_positions.tolist() == [0, 2, 4, 6, 8, 10]
     np.testing.assert_allclose(made.time, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0], rtol=1e-15)
 
 
 def test_marks_of_the_stochastic_flow_count_integration_steps():
     made = plan(SDE, t1=1.0, save=3)
     assert made.step is not None and made.step.tolist() == [0, 5, 10]
-    assert made.marks.tolist() == [0, 20, 40]
+    assert made.save_positions.tolist() == [0, 20, 40]
     np.testing.assert_allclose(made.time, [0.0, 0.5, 1.0], rtol=1e-15)
 
 
 def test_flow_time_is_rounded_to_whole_steps():
-    assert plan(gf.GradientDescent(0.3), t1=1.0, save=2).marks.tolist() == [0, 3]
-    assert plan(gf.GradientDescent(0.3), t1=1.1, save=2).marks.tolist() == [0, 4]
+    assert plan(gf.GradientDescent(0.3), t1=1.0, save=2).save_positions.tolist() == [0, 3]
+    assert plan(gf.GradientDescent(0.3), t1=1.1, save=2).save_positions.tolist() == [0, 4]
 
 
 def test_more_points_than_steps_saves_every_step():
-    assert plan(DESCENT, steps=4, save=101).marks.tolist() == [0, 1, 2, 3, 4]
-    assert plan(DESCENT, steps=4, save=101, spacing="log").marks.tolist() == [0, 1, 2, 3, 4]
+    assert plan(DESCENT, steps=4, save=101).save_positions.tolist() == [0, 1, 2, 3, 4]
+    assert plan(DESCENT, steps=4, save=101, spacing="log").save_positions.tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 50])
 def test_log_spacing_starts_with_zero_and_one_step_and_reaches_the_end(count: int):
-    marks = plan(DESCENT, steps=10_000, save=count, spacing="log").marks
-    assert marks[0] == 0
-    assert marks[-1] == 10_000
+    save_positions = plan(DESCENT, steps=10_000, save=count, spacing="log").save_positions
+    assert save_positions[0] == 0
+    assert save_positions[-1] == 10_000
     if count > 2:
-        assert marks[1] == 1
-        ratios = marks[2:] / marks[1:-1]
+        assert save_positions[1] == 1
+        ratios = save_positions[2:] / save_positions[1:-1]
         assert ratios[-1] == pytest.approx(10_000 ** (1 / (count - 2)), rel=0.02)
 
 
@@ -71,15 +77,19 @@ def test_log_spacing_of_a_flow_covers_four_decades(count: int):
 def test_linear_spacing_of_a_flow():
     made = plan(FLOW, t1=2.0, save=5)
     np.testing.assert_array_equal(made.time, [0.0, 0.5, 1.0, 1.5, 2.0])
-    np.testing.assert_array_equal(made.marks, made.time)
+    np.testing.assert_array_equal(made.save_positions, made.time)
 
 
 def test_explicit_times():
     times = [0.25, 1.0, 1.5]
     np.testing.assert_array_equal(plan(FLOW, t1=2.0, save=times).time, times)
     made = plan(DESCENT, t1=2.0, save=times)
-    assert made.marks.tolist() == [2, 10, 15]  # 2.5 steps are rounded to the even neighbour
-    assert plan(DESCENT, steps=20, save=[0.0, 2.0]).marks.tolist() == [0, 20]
+    assert made.save_positions.tolist() == [
+        2,
+        10,
+        15,
+    ]  # 2.5 steps are rounded to the even neighbour
+    assert plan(DESCENT, steps=20, save=[0.0, 2.0]).save_positions.tolist() == [0, 20]
 
 
 def test_times_that_are_the_same_step_are_saved_once_and_said():
@@ -96,7 +106,7 @@ def test_times_in_another_precision_end_at_the_end(kind: Any):
         made = plan(FLOW, t1=end, save=times).time
         np.testing.assert_array_equal(made[:2], times[:2].astype(float))
         assert made[-1] == end
-        assert plan(DESCENT, t1=end, save=times).marks.tolist() == [1, 2, round(10 * end)]
+        assert plan(DESCENT, t1=end, save=times).save_positions.tolist() == [1, 2, round(10 * end)]
     beyond = np.array([0.1, 0.3 * (1.0 + 4.0 * np.finfo(kind).eps + 1e-8)], kind)
     with pytest.raises(ValueError, match=r"last time 0\.3\d* lies beyond the end .* t = 0\.3"):
         plan(FLOW, t1=0.3, save=beyond)
@@ -133,7 +143,7 @@ def test_refuses_what_is_no_number(options: dict, message: str):
 def test_the_end_may_be_saved_when_it_is_not_a_whole_number_of_steps():
     for h, t1, last in ((0.3, 1.0, 3), (0.3, 1.1, 4)):
         made = plan(gf.GradientDescent(h), t1=t1, save=[0.5, t1])
-        assert made.marks.tolist() == [2, last]
+        assert made.save_positions.tolist() == [2, last]
 
 
 def decaying(step: Any) -> Any:
@@ -152,7 +162,7 @@ def nearest(times: Any) -> list[int]:
 def test_flow_time_of_a_step_size_schedule_is_the_sum_of_the_steps():
     made = plan(DECAYING, steps=10_000, save=[0.0, 0.3, 0.55, 0.9])
     assert made.step is not None and made.step.tolist() == nearest([0.0, 0.3, 0.55, 0.9])
-    np.testing.assert_array_equal(made.marks, made.step)
+    np.testing.assert_array_equal(made.save_positions, made.step)
     np.testing.assert_allclose(made.time, HARMONIC[made.step], rtol=1e-13)
 
 
@@ -161,31 +171,31 @@ def test_a_length_in_flow_time_ends_at_the_nearest_step():
     assert made.step is not None and made.step.tolist() == [0, *nearest([1.0])]
     assert made.time[-1] == pytest.approx(1.0, abs=1e-5)
     made = plan(DECAYING, t1=0.13, save=[0.13])  # between the steps at 0.1 and 0.15
-    assert made.marks.tolist() == [2]
-    assert plan(DECAYING, t1=0.12, save=[0.12]).marks.tolist() == [1]
+    assert made.save_positions.tolist() == [2]
+    assert plan(DECAYING, t1=0.12, save=[0.12]).save_positions.tolist() == [1]
 
 
 def test_points_of_a_step_size_schedule_are_evenly_spaced_in_flow_time():
     made = plan(DECAYING, steps=20_000, save=5)
     end = HARMONIC[20_000]
-    assert made.marks.tolist() == nearest(np.linspace(0.0, end, 5))
+    assert made.save_positions.tolist() == nearest(np.linspace(0.0, end, 5))
     made = plan(DECAYING, steps=20_000, save=5, spacing="log")
-    assert made.marks.tolist() == nearest([0.0, *np.geomspace(0.1, end, 4)])
-    assert plan(DECAYING, steps=4, save=5).marks.tolist() == [0, 1, 2, 3, 4]
+    assert made.save_positions.tolist() == nearest([0.0, *np.geomspace(0.1, end, 4)])
+    assert plan(DECAYING, steps=4, save=5).save_positions.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_constant_schedule_is_a_step_size():
     constant = gf.GradientDescent(lambda step: 0.1)
     for options in ({"steps": 40, "save": 5}, {"t1": 3.04, "save": 7}, {"t1": 2.0, "save": [1.0]}):
         a, b = plan(constant, **options), plan(DESCENT, **options)
-        np.testing.assert_array_equal(a.marks, b.marks)
+        np.testing.assert_array_equal(a.save_positions, b.save_positions)
         np.testing.assert_allclose(a.time, b.time, rtol=1e-13)
 
 
 def test_steps_of_a_second_order_flow_are_those_of_the_descent():
     made = plan(gf.dynamics.HeavyBallFlow(0.1, 0.5), steps=20, save=5)
     assert made.step is None
-    np.testing.assert_allclose(made.marks, [0.0, 0.5, 1.0, 1.5, 2.0], rtol=1e-14)
+    np.testing.assert_allclose(made.save_positions, [0.0, 0.5, 1.0, 1.5, 2.0], rtol=1e-14)
 
 
 def test_a_schedule_must_not_fall_below_zero_during_the_run():
@@ -195,7 +205,7 @@ def test_a_schedule_must_not_fall_below_zero_during_the_run():
         (lambda k: 0.1 * jnp.where(k < 100, 1.0, jnp.inf), "inf"),
     ):
         falling = gf.GradientDescent(step_sizes)
-        assert plan(falling, steps=100, save=2).marks.tolist() == [0, 100]
+        assert plan(falling, steps=100, save=2).save_positions.tolist() == [0, 100]
         message = rf"the schedule gives {first} at step 100; it must be a finite number >= 0"
         for options in ({"steps": 101}, {"t1": 10.5}):
             with pytest.raises(ValueError, match=message):
@@ -215,23 +225,27 @@ def test_a_schedule_may_start_and_end_at_zero():
     times = np.append(0.0, np.cumsum(RISE_AND_FALL))
     made = plan(WARM_UP, steps=16, save=101)
     # Steps 0 and 1 are at time 0; step 12 arrives where the steps of size 0 keep the rest.
-    assert made.marks.tolist() == [0, *range(2, 12), 16]
-    np.testing.assert_allclose(made.time, times[made.marks], rtol=1e-14)
+    assert made.save_positions.tolist() == [0, *range(2, 12), 16]
+    np.testing.assert_allclose(made.time, times[made.save_positions], rtol=1e-14)
     assert np.all(np.diff(made.time) > 0.0)
-    assert plan(WARM_UP, steps=16, save=[0.0, times[5], times[-1]]).marks.tolist() == [0, 5, 16]
-    assert plan(WARM_UP, t1=float(times[-1]) - 1e-3, save=2).marks.tolist() == [0, 12]
+    assert plan(WARM_UP, steps=16, save=[0.0, times[5], times[-1]]).save_positions.tolist() == [
+        0,
+        5,
+        16,
+    ]
+    assert plan(WARM_UP, t1=float(times[-1]) - 1e-3, save=2).save_positions.tolist() == [0, 12]
     log = plan(WARM_UP, steps=16, save=4, spacing="log")
     wanted = np.geomspace(times[2], times[-1], 3)
     inner = int(np.argmin(np.abs(times - wanted[1])))
-    assert log.marks.tolist() == [0, 2, inner, 16]
+    assert log.save_positions.tolist() == [0, 2, inner, 16]
 
 
 def test_a_pause_is_saved_once():
     paused = gf.GradientDescent(lambda k: jnp.where((k >= 2) & (k < 6), 0.0, 0.1))
-    assert plan(paused, steps=9, save=101).marks.tolist() == [0, 1, 2, 7, 8, 9]
-    assert plan(paused, steps=9, save=[0.2, 0.3]).marks.tolist() == [2, 7]
-    assert plan(paused, steps=9, save=[0.22, 0.28]).marks.tolist() == [2, 7]
-    assert plan(paused, t1=0.22, save=2).marks.tolist() == [0, 2]
+    assert plan(paused, steps=9, save=101).save_positions.tolist() == [0, 1, 2, 7, 8, 9]
+    assert plan(paused, steps=9, save=[0.2, 0.3]).save_positions.tolist() == [2, 7]
+    assert plan(paused, steps=9, save=[0.22, 0.28]).save_positions.tolist() == [2, 7]
+    assert plan(paused, t1=0.22, save=2).save_positions.tolist() == [0, 2]
 
 
 def test_a_schedule_that_stays_at_zero_ends_no_run(monkeypatch: pytest.MonkeyPatch):
@@ -240,7 +254,7 @@ def test_a_schedule_that_stays_at_zero_ends_no_run(monkeypatch: pytest.MonkeyPat
     end = 0.1 * 101 / 2
     with pytest.raises(ValueError, match=rf"t1=6: .* only reached t = {end:g} after \d\d,?\d+ st"):
         plan(vanishing, t1=6.0)
-    assert plan(vanishing, steps=30_000, save=2).marks.tolist() == [0, 30_000]
+    assert plan(vanishing, steps=30_000, save=2).save_positions.tolist() == [0, 30_000]
     still = gf.GradientDescent(lambda k: 0.0 * k)
     with pytest.raises(ValueError, match="schedule is 0 at all 5 steps of the run"):
         plan(still, steps=5)

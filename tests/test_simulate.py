@@ -161,14 +161,16 @@ def test_the_state_is_given_back_to_the_next_step():
     dynamics = DYNAMICS[0]
     weights = tuple(jnp.stack([w, w], axis=-1) for w in NET.weights)
     devices = Devices.sharing(2)
-    state = base.begun(dynamics, NOISY, weights, dynamics.noise_shapes(NOISY, NET.widths), 4)
+    state = base.initial_state(
+        dynamics, NOISY, weights, dynamics.noise_shapes(NOISY, NET.widths), 4
+    )
     layout = RUNNER.state_layout(state)
     state = devices.placed(state, layout)
     before = [*state.weights, *jax.tree.leaves(state.noise)]
     words = jax.random.key_data(KEY)
     paths = devices.placed(jnp.arange(2, dtype=jnp.uint32), along_last(1))
-    moving = RUNNER._Moving(dynamics, NOISY, Source(words, paths), (), False, 4, devices, layout)
-    fixed = moving, np.arange(0, 3 * 257, 3), np.asarray(2), np.asarray(16)
+    ensemble = RUNNER.Ensemble(dynamics, NOISY, Source(words, paths), (), False, 4, devices, layout)
+    fixed = ensemble, np.arange(0, 3 * 257, 3), np.asarray(2), np.asarray(16)
     after, *_ = RUNNER._run_slice(fixed, (state, np.zeros(2, np.int32)))
     assert all(array.is_deleted() for array in before)
     assert np.isfinite(np.asarray(after.weights[0])).all()

@@ -148,11 +148,11 @@ def mean_curves(excess: Paths, floor: Paths) -> MeanCurves:
 
     def rows(paths: Paths) -> np.ndarray:
         mean = paths.values.mean(axis=0, keepdims=True)
-        of_units = paths.units.means(paths.values)
-        if len(of_units) < 2:
+        of_samples = paths.samples.means(paths.values)
+        if len(of_samples) < 2:
             return mean
-        groups = min(len(of_units), MAX_GROUPS)
-        return np.concatenate([mean, leave_out_means(of_units, groups)])
+        groups = min(len(of_samples), MAX_GROUPS)
+        return np.concatenate([mean, leave_out_means(of_samples, groups)])
 
     return MeanCurves(excess.time, rows(excess), rows(floor), excess.replicas, excess.diverged)
 
@@ -204,7 +204,7 @@ def _slaved_end(deviation: Paths, residual: Paths, eps: float, confidence: float
             f"{time[-1]:.6g}; run longer, or raise eps if the ratio has stopped falling"
         )
         return Boundary(nan, nan, nan, nan, SLAVED, eps, nan, *counts, reason)
-    mean, error, low, high = mean_with_error(ends, deviation.units, confidence)
+    mean, error, low, high = mean_with_error(ends, deviation.samples, confidence)
     if deviation.single:
         low, high = float(time[max(index[0] - 1, 0)]), float(time[index[0]])
     return Boundary(mean, error, low, high, SLAVED, eps, nan, *counts)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from scipy.special import stdtrit
 
 from gradflow.analysis.statistics import trapezoid_weights, weighted_line
-from gradflow.random.antithetic import Units
+from gradflow.random.antithetic import IndependentSamples
 
 CHANGED = 1e-3
 """Level of the test that says that a rate changes along its window."""
@@ -38,7 +38,7 @@ def local_rates(
     time: Float[np.ndarray, " time"],
     values: Float[np.ndarray, "row time"],
     scale: float,
-    units: Units | None,
+    samples: IndependentSamples | None,
 ) -> LocalRates:
     r"""The slopes of rows over thirds of the time, and whether they differ.
 
@@ -51,22 +51,22 @@ def local_rates(
 
     - `time`, `values`: of the window, `(time,)` and `(row, time)`.
     - `scale`: size of the values, to which a change is relative; 1 for logarithms.
-    - `units`: which rows are independent; None for rows without any noise, which differ by size
+    - `samples`: which rows are independent; None for rows without any noise, which differ by size
         alone. A single row with noise cannot tell, and counts as constant.
     """
     cuts = _cuts(time)
     slopes = np.stack([_slope(time, values, *ends) for ends in pairwise(cuts)])
     means = slopes.mean(axis=1)
     found = tuple(map(float, means))
-    if units is not None and units.count < 2:
+    if samples is not None and samples.count < 2:
         return LocalRates(found, True)
     pairs = [(i, j) for j in range(len(means)) for i in range(j)]
     least = max(SLIGHT * float(np.abs(means).max()), FLAT * scale / float(time[-1] - time[0]))
     for i, j in pairs:
         change, noise = slopes[j] - slopes[i], 0.0
-        if units is not None:
-            quantile = float(stdtrit(units.count - 1, 1.0 - CHANGED / (2 * len(pairs))))
-            noise = quantile * float(units.standard_error(change))
+        if samples is not None:
+            quantile = float(stdtrit(samples.count - 1, 1.0 - CHANGED / (2 * len(pairs))))
+            noise = quantile * float(samples.standard_error(change))
         if abs(float(change.mean())) > max(least, noise):
             return LocalRates(found, False)
     return LocalRates(found, True)

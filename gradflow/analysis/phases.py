@@ -212,7 +212,7 @@ def _of_paths(
         rates.append(-factor * _log_slopes(time[used], path[None, used])[0])
         starts.append(float(time[used][0]))
         stops.append(float(time[used][-1]))
-    rate, error, _, _ = mean_with_error(np.array(rates), paths.units, 0.95)
+    rate, error, _, _ = mean_with_error(np.array(rates), paths.samples, 0.95)
     return _Approach(rate, error, (min(starts), max(stops)))
 
 

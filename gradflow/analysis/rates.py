@@ -18,7 +18,7 @@ from gradflow.analysis.statistics import (
     weighted_line,
 )
 from gradflow.analysis.unmeasured import Unmeasured
-from gradflow.random.antithetic import Units
+from gradflow.random.antithetic import IndependentSamples
 from gradflow.results.trajectory import Trajectory
 
 ROUNDING = 4096.0
@@ -122,17 +122,17 @@ def decay_rate(
     paths = read_paths(trajectory, observable)
     used = _window_indices(trajectory, paths.time, window)
     mean = of == "mean" and not paths.single
-    values, units = paths.values, paths.units
+    values, samples = paths.values, paths.samples
     if mean:
-        if units.count < 2:
+        if samples.count < 2:
             raise Unmeasured(
                 "the rate of a mean needs two independent replicas (or antithetic pairs) and has "
-                f"{units.count}",
+                f"{samples.count}",
                 python='simulate more of them, or leave of="mean" out',
                 spec="give the run more replicas, or the claim of_mean = false",
             )
-        whole = units.means(values)
-        values = np.concatenate([whole.mean(axis=0)[None], leave_out_means(whole, units.count)])
+        whole = samples.means(values)
+        values = np.concatenate([whole.mean(axis=0)[None], leave_out_means(whole, samples.count)])
         error = jackknife_error(values[1:])
         lost = np.abs(values[0]) <= 3.0 * error
     else:
@@ -143,11 +143,11 @@ def decay_rate(
     time, logs = paths.time[used], np.log(np.abs(values[:, used]))
     rates = -_slopes(time, logs)
     if mean:
-        rates = units.count * rates[0] - (units.count - 1) * rates[1:]
-        logs = units.count * logs[0] - (units.count - 1) * logs[1:]
-        units = Units(np.ones(units.count, bool))
-    local = local_rates(time, -logs, 1.0, _noisy_units(trajectory, paths, units))
-    return _summary(paths, units, rates, local, "exponential", time, confidence, note)
+        rates = samples.count * rates[0] - (samples.count - 1) * rates[1:]
+        logs = samples.count * logs[0] - (samples.count - 1) * logs[1:]
+        samples = IndependentSamples(np.ones(samples.count, bool))
+    local = local_rates(time, -logs, 1.0, _noisy_samples(trajectory, paths, samples))
+    return _summary(paths, samples, rates, local, "exponential", time, confidence, note)
 
 
 def drift(
@@ -171,8 +171,8 @@ def drift(
     used = _window_indices(trajectory, paths.time, window)
     time, values = paths.time[used], paths.values[:, used]
     slopes, scale = _slopes(time, values), float(np.abs(values).max())
-    local = local_rates(time, values, scale, _noisy_units(trajectory, paths, paths.units))
-    return _summary(paths, paths.units, slopes, local, "linear", time, confidence, "")
+    local = local_rates(time, values, scale, _noisy_samples(trajectory, paths, paths.samples))
+    return _summary(paths, paths.samples, slopes, local, "linear", time, confidence, "")
 
 
 def _window_indices(
@@ -233,15 +233,17 @@ def _slopes(
     return weighted_line(time, values, trapezoid_weights(time))[1]
 
 
-def _noisy_units(trajectory: Trajectory, paths: Paths, units: Units) -> Units | None:
-    """The units whose spread is the noise; None where replicas would not differ."""
+def _noisy_samples(
+    trajectory: Trajectory, paths: Paths, samples: IndependentSamples
+) -> IndependentSamples | None:
+    """The samples whose spread is the noise; None where replicas would not differ."""
     noisy = paths.replicas > 1 or trajectory.dynamics.is_random(trajectory.problem)
-    return units if noisy else None
+    return samples if noisy else None
 
 
 def _summary(
     paths: Paths,
-    units: Units,
+    samples: IndependentSamples,
     rates: Float[np.ndarray, " replica"],
     local: LocalRates,
     kind: str,
@@ -249,12 +251,12 @@ def _summary(
     confidence: float,
     note: str,
 ) -> Rate:
-    value, error, low, high = mean_with_error(rates, units, confidence)
+    value, error, low, high = mean_with_error(rates, samples, confidence)
     if paths.single:
         low, high = min(*local.values, value), max(*local.values, value)
     if not local.constant:
         note = "; ".join(filter(None, [note, f"the rate is not constant: {local}"]))
     window = (float(time[0]), float(time[-1]))
-    counts = (paths.replicas, paths.diverged, time.size, units.count)
+    counts = (paths.replicas, paths.diverged, time.size, samples.count)
     summary = (value, error, low, high, confidence, kind, paths.observable, window)
     return Rate(*summary, *counts, rates, note, local.constant, local.values)

@@ -2,7 +2,7 @@
 
 Replicas are independent, points of one path in time are not. So every standard error here comes
 from the spread between replicas (or groups of them) and never from the scatter along a path. Of
-antithetic replicas the pairs are independent: `Units` turns replicas into what is.
+antithetic replicas the pairs are independent: `IndependentSamples` turns replicas into what is.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from scipy.special import stdtrit
 
 from gradflow.analysis.afterwards import recorded_array
-from gradflow.random.antithetic import Units
+from gradflow.random.antithetic import IndependentSamples
 from gradflow.results.trajectory import Trajectory
 
 MAX_GROUPS = 32
@@ -29,7 +29,7 @@ class Paths:
     - `single`: whether the trajectory is one path, without a replica axis or with one replica.
     - `diverged`: how many replicas were left out because they diverged.
     - `precision`: spacing of the recorded floating-point numbers at 1.
-    - `units`: which of the replicas are independent.
+    - `samples`: which of the replicas are independent.
     """
 
     observable: str
@@ -38,7 +38,7 @@ class Paths:
     single: bool
     diverged: int
     precision: float
-    units: Units
+    samples: IndependentSamples
 
     @property
     def replicas(self) -> int:
@@ -76,9 +76,9 @@ def _or_given_up(trajectory: Trajectory) -> str:
     return " or are incomplete" if trajectory.incomplete.any() else ""
 
 
-def units_of(trajectory: Trajectory) -> Units:
-    """The independent units of the replicas that did not diverge."""
-    return Units(survivors(trajectory), trajectory.normals.antithetic)
+def independent_samples(trajectory: Trajectory) -> IndependentSamples:
+    """The independent samples of the replicas that did not diverge."""
+    return IndependentSamples(survivors(trajectory), trajectory.normals.antithetic)
 
 
 def read_paths(trajectory: Trajectory, observable: str, defined: bool = True) -> Paths:
@@ -95,8 +95,8 @@ def read_paths(trajectory: Trajectory, observable: str, defined: bool = True) ->
             f"observable {observable!r} has shape {values.shape[2:]} at each time; a scalar is "
             "needed: record a component or a norm of it under a name of its own"
         )
-    units = units_of(trajectory)
-    kept = units.kept
+    samples = independent_samples(trajectory)
+    kept = samples.kept
     if not kept.any():
         raise ValueError(
             f"all {kept.size} replicas diverged{_or_given_up(trajectory)}, nothing is left to "
@@ -113,7 +113,7 @@ def read_paths(trajectory: Trajectory, observable: str, defined: bool = True) ->
     time = np.asarray(trajectory.time, dtype=float)
     precision = float(np.finfo(values.dtype).eps)
     lost = int(np.sum(~kept))
-    return Paths(observable, time, paths.astype(float), kept.size == 1, lost, precision, units)
+    return Paths(observable, time, paths.astype(float), kept.size == 1, lost, precision, samples)
 
 
 def trapezoid_weights(time: Float[np.ndarray, " time"]) -> Float[np.ndarray, " time"]:
@@ -150,11 +150,11 @@ def leave_out_means(
     values: Float[np.ndarray, "unit time"], groups: int
 ) -> Float[np.ndarray, "group time"]:
     """Means over independent rows with one group left out in turn (groups as equal as possible)."""
-    units = values.shape[0]
-    starts = np.arange(groups) * units // groups
+    samples = values.shape[0]
+    starts = np.arange(groups) * samples // groups
     sums = np.add.reduceat(values, starts, axis=0)
-    sizes = np.diff(np.append(starts, units))[:, None]
-    return (values.sum(axis=0) - sums) / (units - sizes)
+    sizes = np.diff(np.append(starts, samples))[:, None]
+    return (values.sum(axis=0) - sums) / (samples - sizes)
 
 
 def jackknife_error(estimates: Float[np.ndarray, "group *shape"]) -> np.ndarray:
@@ -175,11 +175,11 @@ def student_interval(
 
 
 def mean_with_error(
-    values: Float[np.ndarray, " replica"], units: Units, confidence: float
+    values: Float[np.ndarray, " replica"], samples: IndependentSamples, confidence: float
 ) -> tuple[float, float, float, float]:
-    r"""Mean over replicas, its error $s/\sqrt m$ over $m$ units, and the Student-t interval."""
-    mean, error = float(np.mean(values)), float(units.standard_error(values))
-    return mean, error, *student_interval(mean, error, units.count - 1, confidence)
+    r"""Mean over replicas, its error $s/\sqrt m$ over $m$ samples, and the Student-t interval."""
+    mean, error = float(np.mean(values)), float(samples.standard_error(values))
+    return mean, error, *student_interval(mean, error, samples.count - 1, confidence)
 
 
 def check_confidence(confidence: float) -> None:

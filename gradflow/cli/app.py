@@ -258,9 +258,9 @@ def predict(
 ) -> None:
     """Predict the runs of a study; `PREDICT_HELP` is what users read."""
     _keep_compiled_programs()
-    from gradflow.cli.commands import foretell  # JAX takes seconds to import
+    from gradflow.cli.commands import predict_runs  # JAX takes seconds to import
 
-    raise typer.Exit(foretell(spec, run or [], short=short))
+    raise typer.Exit(predict_runs(spec, run or [], short=short))
 
 
 @app.command("list")

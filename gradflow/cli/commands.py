@@ -93,7 +93,7 @@ def carry_out(specs: list[str], options: Options) -> int:
     return max(codes)
 
 
-def foretell(spec: str, names: list[str], *, short: bool) -> int:
+def predict_runs(spec: str, names: list[str], *, short: bool) -> int:
     """Print what theory predicts of the runs of a study, or of those named.
 
     **Returns:** the exit status.

@@ -197,7 +197,7 @@ def is_alive(weights: Weights, limit: Float[Array, " paths"]) -> Bool[Array, " p
     return squared_norm(weights) < limit
 
 
-def bury(weights: Weights, limit: Float[Array, " paths"]) -> Weights:
+def mask_diverged(weights: Weights, limit: Float[Array, " paths"]) -> Weights:
     """NaN for every path that has diverged, the weights themselves for the others."""
     alive = is_alive(weights, limit)
     return tuple(jnp.where(alive, w, jnp.nan) for w in weights)
@@ -304,7 +304,7 @@ def _stepped(
     return weights, memory, whole
 
 
-def begun(
+def initial_state(
     dynamics: AbstractDynamics, problem: Problem, weights: Weights, shapes: Any, block: int
 ) -> State:
     """The state at mark 0 with room for a block of noise of the given shapes."""

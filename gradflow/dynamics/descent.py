@@ -16,8 +16,8 @@ from gradflow.dynamics.base import (
     State,
     Step,
     advance_in_blocks,
-    bury,
     divergence_limit,
+    mask_diverged,
     over_paths,
     whole_turns,
 )
@@ -276,7 +276,7 @@ class GradientDescent(AbstractDynamics):
             return self._step(problem, weights, memory, noise, h)
 
         moved, memory = over_paths(step)(*carry, numbers)
-        return bury(moved, limit), memory
+        return mask_diverged(moved, limit), memory
 
     def _step(
         self,

@@ -10,7 +10,13 @@ from jaxtyping import Array
 
 from gradflow.backend.types import Weights
 from gradflow.closed_forms import CLOSED_FORMS, AbstractClosedForm
-from gradflow.dynamics.base import AbstractDynamics, State, bury, divergence_limit, over_paths
+from gradflow.dynamics.base import (
+    AbstractDynamics,
+    State,
+    divergence_limit,
+    mask_diverged,
+    over_paths,
+)
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.random.streams import Source
@@ -107,7 +113,7 @@ class ExactFlow(AbstractDynamics):
         form, prepared = state.memory
         known, since = (state.weights, stop - start) if form.continues else (prepared, stop)
         weights = over_paths(lambda p: form.evaluate(problem, p, since))(known)
-        weights = bury(weights, state.limit)
+        weights = mask_diverged(weights, state.limit)
         return State(weights, state.memory, (), state.limit)
 
     def _chosen(self, problem: Problem, starts: Sequence[Weights]) -> AbstractClosedForm:

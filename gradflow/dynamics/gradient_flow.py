@@ -69,7 +69,7 @@ class GradientFlow(AbstractOdeFlow):
     def check(self, problem: Problem, weights: Weights) -> None:
         """Nothing to check beforehand."""
 
-    def companions(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
+    def auxiliary(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
         """None."""
         return ()
 

@@ -100,7 +100,7 @@ class HeavyBallFlow(AbstractOdeFlow):
         """Raise a `ValueError` if the velocity does not fit the network."""
         check_velocity("HeavyBallFlow", self.velocity, weights)
 
-    def companions(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
+    def auxiliary(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
         r"""The velocity $\dot W(0)$ of the descent."""
         return (_initial_velocity(self, problem, weights),)
 

@@ -91,7 +91,7 @@ class ModifiedFlow(AbstractOdeFlow):
                 "True) is known to order 2 only; use order=2, or reshuffled=False."
             )
 
-    def companions(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
+    def auxiliary(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
         """None."""
         return ()
 

@@ -40,7 +40,7 @@ from gradflow.solvers.gauss_legendre import GaussLegendre
 
 
 class AbstractOdeFlow(AbstractDynamics):
-    """A dynamics that is an ordinary differential equation of the weights and companions of theirs.
+    """A dynamics that is an ordinary differential equation of the weights and auxiliary of theirs.
 
     `solver` integrates it to the relative and absolute tolerance `rtol` and `atol`.
     """
@@ -50,12 +50,12 @@ class AbstractOdeFlow(AbstractDynamics):
     solver: eqx.AbstractVar[diffrax.AbstractSolver]
 
     @abc.abstractmethod
-    def companions(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
+    def auxiliary(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
         """What moves beside the weights, at the start; arrays end in the path axis."""
 
     @abc.abstractmethod
     def field(self, t: Any, state: tuple[Weights, ...], problem: Problem) -> tuple[Weights, ...]:
-        """The time derivatives of the weights and their companions, of one path."""
+        """The time derivatives of the weights and their auxiliary, of one path."""
 
     @property
     def ticks_per_step(self) -> None:
@@ -94,15 +94,15 @@ class AbstractOdeFlow(AbstractDynamics):
             return jnp.any(state.progress.may_move(stop))
 
         def go(state: State) -> State:
-            companions, memory = state.memory
+            auxiliary, memory = state.memory
             assert state.progress is not None
-            (weights, *companions), memory, progress = advance_a_little(
+            (weights, *auxiliary), memory, progress = advance_a_little(
                 self.field,
                 self.solver,
                 self.rtol,
                 self.atol,
                 problem,
-                (state.weights, *companions),
+                (state.weights, *auxiliary),
                 memory,
                 state.progress,
                 stop,
@@ -112,7 +112,7 @@ class AbstractOdeFlow(AbstractDynamics):
                 lambda p: p.end, progress, jnp.where(escaped, End.DIVERGED, progress.end)
             )
             weights = tuple(jnp.where(progress.end == End.NONE, w, jnp.nan) for w in weights)
-            return State(weights, (tuple(companions), memory), (), state.limit, progress=progress)
+            return State(weights, (tuple(auxiliary), memory), (), state.limit, progress=progress)
 
         return jax.lax.while_loop(unfinished, go, state)
 
@@ -159,7 +159,7 @@ def _checked_stops(times: ArrayLike | Sequence[float]) -> Array:
 
 @eqx.filter_jit
 def _start(flow: AbstractOdeFlow, problem: Problem, weights: Weights) -> State:
-    memory = (flow.companions(problem, weights), SolverMemory.at_start(weights))
+    memory = (flow.auxiliary(problem, weights), SolverMemory.at_start(weights))
     progress = Progress.at_start(weights[0].shape[-1])
     return State(weights, memory, (), divergence_limit(weights), progress=progress)
 
@@ -171,8 +171,8 @@ def _solved(adjoint: diffrax.AbstractAdjoint, given: tuple[Any, Problem, Any, Ar
         # Left to itself diffrax differentiates the loop over the stages in reverse mode only.
         flow = eqx.tree_at(lambda f: f.solver.scan_kind, flow, "bounded", is_leaf=_is_none)
     state = flow.init(problem, tuple(w[..., None] for w in net.weights))
-    companions, memory = state.memory
-    start = Solved.at_start((state.weights, *companions), memory)
+    auxiliary, memory = state.memory
+    start = Solved.at_start((state.weights, *auxiliary), memory)
 
     def go(before: Solved, stop: Array) -> tuple[Solved, Weights]:
         after = integrate(

@@ -79,7 +79,7 @@ class PrincipalFlow(AbstractOdeFlow):
                 f"polynomial, which {', '.join(others)} need not be; use ModifiedFlow."
             )
 
-    def companions(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
+    def auxiliary(self, problem: Problem, weights: Weights) -> tuple[Weights, ...]:
         """The imaginary parts of the weights, 0."""
         return (tuple(jnp.zeros_like(w) for w in weights),)
 

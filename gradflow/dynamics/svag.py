@@ -14,8 +14,8 @@ from gradflow.dynamics.base import (
     State,
     Step,
     advance_in_blocks,
-    bury,
     divergence_limit,
+    mask_diverged,
     over_paths,
     whole_turns,
 )
@@ -138,7 +138,7 @@ class SVAG(AbstractDynamics):
         def stepper(state: State) -> Step:
             def one(j: Array, carry: tuple[Weights, Any]) -> tuple[Weights, Any]:
                 moved = over_paths(step)(carry[0], at_step(state.noise, j))
-                return bury(moved, state.limit), ()
+                return mask_diverged(moved, state.limit), ()
 
             return one
 

@@ -7,12 +7,12 @@ from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True)
-class Units:
-    r"""The independent units of an ensemble: its replicas, or their antithetic pairs.
+class IndependentSamples:
+    r"""The independent samples of an ensemble: its replicas, or their antithetic pairs.
 
     With opposite normals (`Normals.antithetic`) replicas $2q$ and $2q + 1$ depend on each other,
     and the mean over replicas has the variance of the mean over pairs. Whatever is said about its
-    error takes the means over units, `means`, as the independent numbers. A pair of which one
+    error takes the means over samples, `means`, as the independent numbers. A pair of which one
     replica is left out has another spread than a whole one, so it is no unit.
 
     - `kept`: which of all replicas there are values of, `(R,)`.
@@ -24,7 +24,7 @@ class Units:
 
     @property
     def count(self) -> int:
-        """The number of units $m$."""
+        """The number of samples $m$."""
         return int((self._whole if self.antithetic else self.kept).sum())
 
     def means(self, values: Float[np.ndarray, "kept *shape"]) -> Float[np.ndarray, "unit *shape"]:
@@ -37,7 +37,7 @@ class Units:
     def standard_error(
         self, values: Float[np.ndarray, "kept *shape"]
     ) -> Float[np.ndarray, "*shape"]:
-        r"""$s / \sqrt m$ of the mean over replicas, $s$ over $m - 1$; NaN for fewer than two units.
+        r"""$s / \sqrt m$ of the mean over replicas, $s$ over $m - 1$; NaN for fewer than two.
 
         **Arguments:** `values` of the replicas that are kept.
         """

@@ -30,10 +30,10 @@ FORMAT = 1
 """Version of the file layout."""
 
 
-Outcome = TypeVar("Outcome", bound="AbstractOutcome")
+Result = TypeVar("Result", bound="AbstractResult")
 
 
-class AbstractOutcome(abc.ABC):
+class AbstractResult(abc.ABC):
     """The data set of a run, its problem, its dynamics and its start.
 
     `kind` names what it is, in files and in messages.
@@ -152,7 +152,7 @@ class AbstractOutcome(abc.ABC):
             )
 
     @classmethod
-    def load(cls: type[Outcome], path: str | Path) -> Outcome:
+    def load(cls: type[Result], path: str | Path) -> Result:
         """Read what `save` has written.
 
         **Raises:** `FileNotFoundError` if there is no such file, `ValueError` if it holds

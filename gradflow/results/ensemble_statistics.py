@@ -4,13 +4,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradflow.results.base import AbstractOutcome
+from gradflow.results.base import AbstractResult
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """The quantiles taken unless asked otherwise."""
 
 
-class EnsembleStatistics(AbstractOutcome):
+class EnsembleStatistics(AbstractResult):
     r"""Statistics of the observables of an ensemble at every saved time, without its paths.
 
     At each time they are taken over the paths that have not diverged by then: `count` of them, with

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from gradflow.backend.memory import host_memory
 from gradflow.dynamics.base import End
-from gradflow.results.running_statistics import Tally
+from gradflow.results.running_statistics import RunningStatistics
 
 
 class Saved(NamedTuple):
@@ -129,13 +129,13 @@ class StatisticsRecord(AbstractRecord):
     """
 
     antithetic: bool = False
-    tally: Tally = field(default_factory=lambda: Tally({}, 0))
+    statistics: RunningStatistics = field(default_factory=lambda: RunningStatistics({}, 0))
     first: tuple[int, int] | None = None
 
     @property
     def lost(self) -> int:
         """How many paths have ended by the last time."""
-        return self.tally.lost[self.times - 1]
+        return self.statistics.lost[self.times - 1]
 
     @property
     def first_lost(self) -> tuple[int, int]:
@@ -145,9 +145,9 @@ class StatisticsRecord(AbstractRecord):
 
     def write(self, rows: Saved, count: int, paths: slice, first_time: int) -> None:
         """Count the paths of the rows."""
-        if not self.tally.times:
+        if not self.statistics.times:
             shapes = {name: x.shape[1:-1] for name, x in rows.observed.items()}
-            self.tally = Tally(shapes, self.length, self.antithetic)
+            self.statistics = RunningStatistics(shapes, self.length, self.antithetic)
         width = paths.stop - paths.start
         observed = {name: np.asarray(x)[..., :width] for name, x in rows.observed.items()}
         alive = np.asarray(rows.alive)[:, :width]
@@ -156,6 +156,6 @@ class StatisticsRecord(AbstractRecord):
                 lost = first_time + i, paths.start + int(np.argmin(alive[i]))
                 self.first = min(self.first or lost, lost)
             row = {name: np.moveaxis(x[i], -1, 0) for name, x in observed.items()}
-            self.tally.add(first_time + i, row, alive[i])
+            self.statistics.add(first_time + i, row, alive[i])
         if paths.start == 0:
             self.paths, self.times = paths.stop, first_time + count

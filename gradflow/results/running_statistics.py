@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float
 
-from gradflow.random.antithetic import Units
+from gradflow.random.antithetic import IndependentSamples
 from gradflow.results.moments import Moments
 from gradflow.results.quantile_sketch import Sketch
 
@@ -18,14 +18,14 @@ FEWEST_BINS, MOST_BINS = 64, 2048
 
 
 @dataclass
-class Tally:
+class RunningStatistics:
     """What is known of the observables of an ensemble, without its paths.
 
     A path counts at a time if it has not diverged by then.
 
     - `shapes`: the shape of every observable of one path.
     - `times`: the number of saved times.
-    - `antithetic`: whether paths $2q$ and $2q + 1$ depend on each other (`Units`).
+    - `antithetic`: whether paths $2q$ and $2q + 1$ depend on each other (`IndependentSamples`).
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -85,7 +85,7 @@ class Tally:
         chunk = Moments.of(values, len(self.paired))
         self.moments[index] = self.moments[index].merged(chunk)
         if self.antithetic:
-            pairs = Moments.of(Units(alive, antithetic=True).means(values.T).T, 0)
+            pairs = Moments.of(IndependentSamples(alive, antithetic=True).means(values.T).T, 0)
             self.of_pairs[index] = self.of_pairs[index].merged(pairs)
         for sketch, entry in zip(self.sketches[index], values, strict=True):
             sketch.add(entry)

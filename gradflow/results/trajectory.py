@@ -6,10 +6,10 @@ from typing import ClassVar
 import numpy as np
 
 from gradflow.network import DeepLinear
-from gradflow.results.base import AbstractOutcome
+from gradflow.results.base import AbstractResult
 
 
-class Trajectory(AbstractOutcome):
+class Trajectory(AbstractResult):
     """The trajectory of one dynamics on one problem, a thin wrapper over an `xarray.Dataset`.
 
     Dimensions: `replica` (if replicas were asked for), `time`, `layer`, `width_0..width_N`.

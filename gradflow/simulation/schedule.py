@@ -40,12 +40,12 @@ MOST_STANDING = 2**20
 class Schedule:
     """Saved times of a run.
 
-    - `marks`: positions on the dynamics' own clock (integers on a grid, flow times otherwise).
+    - `save_positions`: on the dynamics' own clock (integers on a grid, flow times otherwise).
     - `time`: flow times.
     - `step`: numbers of steps of size h, None for an adaptive dynamics.
     """
 
-    marks: np.ndarray
+    save_positions: np.ndarray
     time: np.ndarray
     step: np.ndarray | None
 

@@ -183,7 +183,7 @@ def simulate(
     check_normals(normals, dynamics, problem, widths_of(layers))
     check_pairs(normals, total if replica_axis else None)
     paired = normals is not None and normals.antithetic
-    stored = sum(w.nbytes for w in layers) * total * plan.marks.size
+    stored = sum(w.nbytes for w in layers) * total * plan.save_positions.size
     storing = stored <= STORED_BY_DEFAULT if store_weights is None else store_weights
     shapes = dynamics.noise_shapes(problem, widths_of(layers))
     held = (*layers, *jax.tree.leaves(shapes))
@@ -194,9 +194,9 @@ def simulate(
     report = _reporter(progress, type(dynamics).__name__)
     began = time.monotonic()
     interrupted = False
-    record: AbstractRecord = PathRecord(total, plan.marks.size)
+    record: AbstractRecord = PathRecord(total, plan.save_positions.size)
     if keep == "statistics":
-        record = StatisticsRecord(total, plan.marks.size, antithetic=paired)
+        record = StatisticsRecord(total, plan.save_positions.size, antithetic=paired)
     storing = storing and keep == "paths"
     runner = Runner(problem, dynamics, chosen, storing, plan, report, record, shapes)
     width = Devices.sharing(size).padded(size)
@@ -266,8 +266,8 @@ def simulate(
         "dtype": str(layers[0].dtype),
         "versions": _versions(),
     }
-    outcome = Trajectory if keep == "paths" else EnsembleStatistics
-    return outcome(dataset, problem, dynamics, [DeepLinear(w) for w in starts[:done]])
+    result = Trajectory if keep == "paths" else EnsembleStatistics
+    return result(dataset, problem, dynamics, [DeepLinear(w) for w in starts[:done]])
 
 
 @overload

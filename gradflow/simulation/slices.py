@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, Num, UInt32
 from gradflow.backend.devices import Devices, along_last
 from gradflow.backend.products import in_groups, paths_together
 from gradflow.backend.types import Weights
-from gradflow.dynamics.base import AbstractDynamics, End, State, begun, block_length
+from gradflow.dynamics.base import AbstractDynamics, End, State, block_length, initial_state
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.network import widths_of
 from gradflow.observables import Observable, observe
@@ -59,39 +59,39 @@ class Runner:
         shapes: Any,
     ):
         self._moving = problem, dynamics, tuple(observables), keep_weights
-        self._marks = plan.marks
-        self._gridded = plan.marks.dtype.kind == "i"
+        self._save_positions = plan.save_positions
+        self._gridded = plan.save_positions.dtype.kind == "i"
         self._report = report
-        self._pace: _Pace | None = None
-        self._steps = _Pace(FIRST_STEPS)
+        self._sizer: SliceSizer | None = None
+        self._steps = SliceSizer(FIRST_STEPS)
         self._record = record
         self._shapes = shapes
 
     def run(self, weights: Weights, paths: slice, key: Any, normals: Normals | None) -> None:
         """Record some paths; `weights` may have more, which the devices take to equal parts."""
         problem, dynamics, observables, keep_weights = self._moving
-        marks, record = self._marks, self._record
+        save_positions, record = self._save_positions, self._record
         size, width = weights[0].shape[-1], paths.stop - paths.start
         devices = Devices.sharing(size)
         block = block_length(self._shapes, size)
-        state = begun(dynamics, problem, weights, self._shapes, block)
+        state = initial_state(dynamics, problem, weights, self._shapes, block)
         layout = state_layout(state)
         key, numbers = jax.device_put((key, paths.start + np.arange(size, dtype=np.uint32)))
         source = Source(key, devices.placed(numbers, along_last(1)), normals)
-        moving = _Moving(
+        ensemble = Ensemble(
             dynamics, problem, source, observables, keep_weights, block, devices, layout
         )
-        pace = self._pace = self._pace or _Pace(block if self._gridded else 1)
+        sizer = self._sizer = self._sizer or SliceSizer(block if self._gridded else 1)
         steps = self._steps
         state = devices.placed(state, layout)
         rows = _Rows(size)
-        position, times = marks.dtype.type(0), 0
-        while times < marks.size:
-            ends, count = self._following(position, times, pace.amount)
+        position, times = save_positions.dtype.type(0), 0
+        while times < save_positions.size:
+            ends, count = self._following(position, times, sizer.amount)
             limits = ends, np.asarray(count), np.asarray(steps.amount)
             began = time.monotonic()
             state, some, saved = jax.block_until_ready(
-                _run_slice((moving, *limits), (state, rows.ahead))
+                _run_slice((ensemble, *limits), (state, rows.ahead))
             )
             rows.take(some, np.asarray(saved))
             done = rows.complete
@@ -99,38 +99,38 @@ class Runner:
             seconds = time.monotonic() - began
             amount = int(position - ends[0]) if self._gridded else done
             if amount:
-                pace.learn(amount, seconds)
+                sizer.learn(amount, seconds)
             reached = position
             if state.progress is not None:
                 progress = jax.tree.map(lambda x: np.asarray(x)[:width], state.progress)
                 record.ends(paths, progress.time, progress.end)
                 steps.learn(steps.amount - int(progress.allowed.min()), seconds)
                 going = progress.time[progress.end == End.NONE]
-                reached = max(position, going.min(initial=marks[-1]))
+                reached = max(position, going.min(initial=save_positions[-1]))
             record.write(rows.held, done, paths, times)
             rows.drop(done)
             times += done
             if self._report is not None:
-                share = paths.start + reached / marks[-1] * width
-                rate = pace.message(width) if self._gridded else f"t = {reached:.3g}"
+                share = paths.start + reached / save_positions[-1] * width
+                rate = sizer.message(width) if self._gridded else f"t = {reached:.3g}"
                 self._report(float(share / record.total), 1.0, rate)
         record.paths = paths.stop
         lost = np.flatnonzero(~np.isfinite(state.weights[0][0, 0])[:width])
         if isinstance(dynamics, SlowFlow) and state.progress is not None:
             lost = lost[np.asarray(state.progress.end)[lost] == End.DIVERGED]
             if lost.size and record.end is None:
-                record.end = dynamics.why_ended(problem, state, int(lost[0]), marks[-1])
+                record.end = dynamics.why_ended(problem, state, int(lost[0]), save_positions[-1])
 
     def _following(self, position: Any, times: int, amount: int) -> tuple[np.ndarray, int]:
         """Where a slice starts and the ends it goes to, and how many of them are saved.
 
         Either all are, or there is a single one between two saved times.
         """
-        marks = self._marks
-        last = times + amount + (marks[times] == 0)  # the start takes no work
+        save_positions = self._save_positions
+        last = times + amount + (save_positions[times] == 0)  # the start takes no work
         if self._gridded:
-            last = int(np.searchsorted(marks, position + amount, side="right"))
-        ends = marks[times : min(last, times + MOST_ROWS)]
+            last = int(np.searchsorted(save_positions, position + amount, side="right"))
+        ends = save_positions[times : min(last, times + MOST_ROWS)]
         count = ends.size
         padded = np.full(MOST_ROWS + 1, position)
         padded[1 : count + 1] = ends
@@ -144,7 +144,7 @@ def state_layout(state: State) -> Any:
     return jax.tree.map(lambda leaf: along_last(leaf.ndim), state)
 
 
-class _Moving(eqx.Module):
+class Ensemble(eqx.Module):
     """An ensemble on its way: all that does not change."""
 
     dynamics: AbstractDynamics
@@ -156,9 +156,9 @@ class _Moving(eqx.Module):
     devices: Devices = eqx.field(static=True)
     layout: Any
 
-    def on_one_device(self, paths: UInt32[Array, " paths"]) -> "_Moving":
+    def on_one_device(self, paths: UInt32[Array, " paths"]) -> "Ensemble":
         """The part of the ensemble that one device has."""
-        return eqx.tree_at(lambda moving: moving.source.paths, self, paths)
+        return eqx.tree_at(lambda ensemble: ensemble.source.paths, self, paths)
 
     def advance(self, state: State, start: Array, stop: Array) -> State:
         """The state at `stop`; the one given where that is no later, or no path is left."""
@@ -190,7 +190,7 @@ class _Moving(eqx.Module):
     donate="all-except-first", compiler_options=COMPILER
 )
 def _run_slice(
-    fixed: tuple[_Moving, Any, Any, Any], moved: tuple[State, Any]
+    fixed: tuple[Ensemble, Any, Any, Any], moved: tuple[State, Any]
 ) -> tuple[State, Saved, Array]:
     """Go to `count` ends and save as many of them as there is memory for; to one end for 0.
 
@@ -199,21 +199,21 @@ def _run_slice(
 
     **Returns:** the state, what was saved, and how many ends the device of every path has saved.
     """
-    moving, ends, count, steps = fixed
+    ensemble, ends, count, steps = fixed
     state, ahead = moved
 
     def go(state: State, ahead: Array, paths: Array) -> tuple[State, Saved, Array]:
-        return _go(moving.on_one_device(paths), ends, count, steps, state, ahead)
+        return _go(ensemble.on_one_device(paths), ends, count, steps, state, ahead)
 
     def layouts(shapes: Any) -> Any:
-        return moving.layout, *jax.tree.map(lambda leaf: along_last(leaf.ndim), shapes[1:])
+        return ensemble.layout, *jax.tree.map(lambda leaf: along_last(leaf.ndim), shapes[1:])
 
-    run = moving.devices.each(go, (moving.layout, along_last(1), along_last(1)), layouts)
-    return run(state, ahead, moving.source.paths)
+    run = ensemble.devices.each(go, (ensemble.layout, along_last(1), along_last(1)), layouts)
+    return run(state, ahead, ensemble.source.paths)
 
 
 def _go(
-    moving: _Moving,
+    ensemble: Ensemble,
     ends: Num[Array, " ends"],
     count: Int[Array, ""],
     steps: Int[Array, ""],
@@ -224,7 +224,7 @@ def _go(
     if state.progress is not None:
         allowed = jnp.full_like(state.progress.allowed, steps)
         state = eqx.tree_at(lambda s: s.progress.allowed, state, allowed)
-    saved = jax.jit(lambda weights: moving.saved(weights))  # traced once
+    saved = jax.jit(lambda weights: ensemble.saved(weights))  # traced once
     row = jax.eval_shape(saved, state.weights)
     row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
     most = int(np.clip(ROW_BYTES // max(row_bytes, 1), 1, MOST_ROWS))
@@ -238,7 +238,7 @@ def _go(
 
     def go(carry: tuple[Array, Array, State, Saved]) -> tuple[Array, Array, State, Saved]:
         i, _, state, rows = carry
-        state = moving.advance(state, ends[i], ends[i + 1])
+        state = ensemble.advance(state, ends[i], ends[i + 1])
         arrives = jnp.array(True)
         if state.progress is not None:
             arrives = ~jnp.any(state.progress.on_the_way(ends[i + 1]))
@@ -287,7 +287,7 @@ class _Rows:
             self.held = jax.tree.map(lambda x: np.roll(np.asarray(x), -count, axis=0), self.held)
 
 
-class _Pace:
+class SliceSizer:
     """How much a slice does: steps of the grid, or saved times."""
 
     def __init__(self, amount: int):

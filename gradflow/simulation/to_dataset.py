@@ -10,7 +10,7 @@ from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.effective_time import effective_time, momentum_of
 from gradflow.observables import Observable
 from gradflow.results.recording import AbstractRecord, PathRecord, StatisticsRecord
-from gradflow.results.running_statistics import Tally
+from gradflow.results.running_statistics import RunningStatistics
 from gradflow.simulation.schedule import Schedule
 
 
@@ -29,7 +29,7 @@ def labelled(
     """
     time = plan.time[: record.times]
     if isinstance(record, StatisticsRecord):
-        variables, own = _of_statistics(record.tally, observables, depth, quantiles)
+        variables, own = _of_statistics(record.statistics, observables, depth, quantiles)
         if record.incomplete:
             given_up = record.gave_up(time)
             axes, ended, attributes = variables["diverged"]
@@ -117,16 +117,19 @@ def _of_paths(
 
 
 def _of_statistics(
-    tally: Tally, observables: Sequence[Observable], depth: int, probabilities: Sequence[float]
+    statistics: RunningStatistics,
+    observables: Sequence[Observable],
+    depth: int,
+    probabilities: Sequence[float],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The variables and coordinates of ensemble statistics."""
-    moments = tally.moments[: tally.seen]
+    moments = statistics.moments[: statistics.seen]
     variables: dict[str, Any] = {}
-    quantiles, errors = tally.quantiles(probabilities)
+    quantiles, errors = statistics.quantiles(probabilities)
     over_entries = {
         "mean": ("mean of", np.stack([m.mean for m in moments])),
         "variance": ("variance of", np.stack([m.variance for m in moments])),
-        "standard_error": ("standard error of the mean of", tally.standard_errors),
+        "standard_error": ("standard error of the mean of", statistics.standard_errors),
         "minimum": ("minimum of", np.stack([m.minimum for m in moments])),
         "maximum": ("maximum of", np.stack([m.maximum for m in moments])),
         "quantiles": ("quantiles of", quantiles),
@@ -134,11 +137,11 @@ def _of_statistics(
     }
     for what, (words, entries) in over_entries.items():
         lead = ("time", "quantile") if what.startswith("quantile") else ("time",)
-        arrays = tally.of_observables(entries)
+        arrays = statistics.of_observables(entries)
         for o in observables:
             units = f"({o.units})^2" if what == "variance" else o.units
             variables[f"{o.name}_{what}"] = (
-                (*lead, *axes_of(o, len(tally.shapes[o.name]), depth)),
+                (*lead, *axes_of(o, len(statistics.shapes[o.name]), depth)),
                 arrays[o.name],
                 {"long_name": f"{words} {o.long_name}", "units": units},
             )
@@ -154,13 +157,13 @@ def _of_statistics(
     )
     variables["diverged"] = (
         ("time",),
-        np.array(tally.lost[: tally.seen]),
+        np.array(statistics.lost[: statistics.seen]),
         {"long_name": "paths that have diverged", "units": "1"},
     )
     coords = {
         "quantile": ("quantile", np.asarray(probabilities, dtype=float), {"units": "1"}),
-        "entry": ("entry", np.array(tally.paired, dtype=object)),
-        "other_entry": ("other_entry", np.array(tally.paired, dtype=object)),
+        "entry": ("entry", np.array(statistics.paired, dtype=object)),
+        "other_entry": ("other_entry", np.array(statistics.paired, dtype=object)),
     }
     return variables, coords
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from gradflow.dynamics.base import DIVERGENCE_FACTOR, bury, divergence_limit, squared_norm
+from gradflow.dynamics.base import DIVERGENCE_FACTOR, divergence_limit, mask_diverged, squared_norm
 
 RNG = np.random.default_rng(0)
 LAYERS = [RNG.normal(size=shape) for shape in [(3, 2, 4), (1, 3, 4)]]
@@ -17,10 +17,10 @@ def test_norm_and_limit_of_every_path():
     np.testing.assert_allclose(divergence_limit(weights), expected, rtol=1e-14)
 
 
-def test_a_path_is_buried_whichever_layer_is_too_large():
+def test_a_path_is_masked_whichever_layer_is_too_large():
     large = [w.copy() for w in LAYERS]
     large[0][0, 0, 1], large[1][0, 2, 2], large[1][0, 0, 3] = 2e3, -2e3, np.inf
-    buried = bury(tuple(jnp.asarray(w) for w in large), jnp.full(4, 1e6))
+    buried = mask_diverged(tuple(jnp.asarray(w) for w in large), jnp.full(4, 1e6))
     for layer, start in zip(buried, LAYERS, strict=True):
         np.testing.assert_array_equal(layer[..., 0], start[..., 0])
         assert np.isnan(np.asarray(layer)[..., 1:]).all()

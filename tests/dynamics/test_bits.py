@@ -60,7 +60,7 @@ class Artificial:
 @pytest.mark.parametrize("name", CASES)
 def test_neither_slices_nor_saved_times_change_a_bit(name, monkeypatch):
     problem, net, dynamics = CASES[name]
-    monkeypatch.setattr(runner, "_Pace", Artificial)
+    monkeypatch.setattr(runner, "SliceSizer", Artificial)
 
     def run(save, *amounts):
         monkeypatch.setattr(Artificial, "amounts", amounts)

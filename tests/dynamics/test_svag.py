@@ -13,7 +13,7 @@ import training
 
 import gradflow as gf
 from gradflow.dynamics import svag
-from gradflow.dynamics.base import begun
+from gradflow.dynamics.base import initial_state
 from gradflow.random.streams import Source, Stream
 
 KEY = jax.random.key(11)
@@ -122,7 +122,7 @@ def first_substeps(problem: gf.Problem, amplification: int, paths: int) -> np.nd
     dynamics = SVAG(H, amplification)
     weights = tuple(jnp.repeat(jnp.asarray(w)[..., None], paths, -1) for w in start())
     shapes = dynamics.noise_shapes(problem, WIDTHS)
-    state = begun(dynamics, problem, weights, shapes, 1)
+    state = initial_state(dynamics, problem, weights, shapes, 1)
     after = jax.jit(
         lambda state: dynamics.advance(
             problem,

@@ -27,14 +27,14 @@ from gradflow.analysis.comparison.matched_times import (
     common_grid,
     match_times,
 )
-from gradflow.analysis.statistics import check_confidence, recorded, units_of
+from gradflow.analysis.statistics import check_confidence, independent_samples, recorded
 from gradflow.analysis.unmeasured import Unmeasured
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.effective_time import differ_in_momentum, momentum_of
 from gradflow.network import DeepLinear
 from gradflow.observables import ObservableSpec, resolve
 from gradflow.problem import Problem
-from gradflow.random.antithetic import Units
+from gradflow.random.antithetic import IndependentSamples
 from gradflow.results.trajectory import Trajectory
 from gradflow.simulation.divergence import no_diverged_warning
 from gradflow.simulation.simulate import simulate
@@ -211,8 +211,8 @@ def compare_trajectories(
         tuple(verdicts),
         tolerance,
         confidence,
-        {label: int(units.kept.sum()) for label, units in kept.items()},
-        {label: int(np.sum(~units.kept)) for label, units in kept.items()},
+        {label: int(samples.kept.sum()) for label, samples in kept.items()},
+        {label: int(np.sum(~samples.kept)) for label, samples in kept.items()},
         {label: momentum_of(run.dynamics) for label, run in trajectories.items()}
         if clock == EFFECTIVE
         else {},
@@ -317,23 +317,23 @@ def _ratio(value: float, size: float) -> float:
     return 0.0 if value == 0.0 else float(np.copysign(np.inf, value))
 
 
-def _kept(label: str, run: Trajectory) -> Units:
+def _kept(label: str, run: Trajectory) -> IndependentSamples:
     """The replicas that did not diverge."""
-    units = units_of(run)
-    if units.kept.size < 2 and run.dynamics.is_random(run.problem):
+    samples = independent_samples(run)
+    if samples.kept.size < 2 and run.dynamics.is_random(run.problem):
         raise Unmeasured(
             f"trajectory {label!r} is a single path of a random dynamics, so its mean has no known "
             "error",
             python="simulate it with replicas=, 64 for a start",
             spec=f'give run "{label}" replicas = 64 for a start',
         )
-    return units
+    return samples
 
 
-def _sample(label: str, run: Trajectory, observable: str, units: Units) -> _Sample:
+def _sample(label: str, run: Trajectory, observable: str, samples: IndependentSamples) -> _Sample:
     """Mean and squared standard error at every saved time, arrays flattened to components."""
     array = recorded_array(run, observable)
-    values = recorded(run, observable)[units.kept]
+    values = recorded(run, observable)[samples.kept]
     if not np.isfinite(values).all():
         raise ValueError(
             f"observable {observable!r} of trajectory {label!r} is not finite on a replica that "
@@ -349,16 +349,18 @@ def _sample(label: str, run: Trajectory, observable: str, units: Units) -> _Samp
         return _Sample(names, "", empty, empty, 0, 0)
     # Relative to one replica, so that equal replicas have a spread of exactly 0.
     start, values = values[0], values - values[0]
-    if units.count > 1:
-        squared = units.standard_error(values) ** 2
+    if samples.count > 1:
+        squared = samples.standard_error(values) ** 2
     else:
-        squared = np.full(values.shape[1:], 0.0 if units.kept.size == 1 else np.inf)
+        squared = np.full(values.shape[1:], 0.0 if samples.kept.size == 1 else np.inf)
     measured_in = str(array.attrs.get("units", ""))
     mean = start + values.mean(axis=0)
-    return _Sample(names, measured_in, mean, squared, count, units.count)
+    return _Sample(names, measured_in, mean, squared, count, samples.count)
 
 
-def _divergence(one: Units, two: Units) -> tuple[tuple[int, int, int, int], float]:
+def _divergence(
+    one: IndependentSamples, two: IndependentSamples
+) -> tuple[tuple[int, int, int, int], float]:
     """Diverged and all replicas of two runs, and the p-value of equal fractions (Fisher).
 
     A deterministic run would do the same every time, so it counts as often as the other one. Of
@@ -368,11 +370,11 @@ def _divergence(one: Units, two: Units) -> tuple[tuple[int, int, int, int], floa
     first, second = one.kept, two.kept
     sizes = max(first.size, second.size)
     counts, totals = [], []
-    for units in (one, two):
-        times = sizes if units.kept.size == 1 else 1
-        share = 0.5 if units.antithetic else 1.0
-        counts.append(round(share * int(np.sum(~units.kept))) * times)
-        totals.append(round(share * units.kept.size) * times)
+    for samples in (one, two):
+        times = sizes if samples.kept.size == 1 else 1
+        share = 0.5 if samples.antithetic else 1.0
+        counts.append(round(share * int(np.sum(~samples.kept))) * times)
+        totals.append(round(share * samples.kept.size) * times)
     if sizes == 1:
         p = 1.0 if counts[0] == counts[1] else 0.0
     else:

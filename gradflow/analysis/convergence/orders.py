@@ -17,11 +17,11 @@ from gradflow.analysis.convergence.results import OrderPoints, OrderRow, Orders
 from gradflow.analysis.convergence.runs import (
     MISSED,
     ROUNDING,
+    SAMPLED_WEIGHTS,
     TOLERANCES,
     WEIGHTS,
-    WITNESS,
     Kind,
-    Laboratory,
+    PairedRuns,
     StepResult,
     label,
 )
@@ -104,11 +104,11 @@ def orders(
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be 'strong' or 'weak'; got {kind!r}.")
     check_confidence(confidence)
-    moments = _moments(t1, times)
-    h, notes = _dividing(step_sizes, t1, moments)
+    compared_at = _compared_at(t1, times)
+    h, notes = _dividing(step_sizes, t1, compared_at)
     asked = _resolve(observables, kind)
     pairs = [_coupled(problem, net, first, second, float(step), kind) for step in h]
-    _check_pairs(pairs, h, moments)
+    _check_pairs(pairs, h, compared_at)
     if differ_in_momentum((pairs[0].first, pairs[0].second)):
         notes.append(
             "momenta differ, and the dynamics are compared at equal flow time h k; they keep pace "
@@ -119,13 +119,13 @@ def orders(
         raise ValueError("key: this measurement is random; pass key=jax.random.key(seed).")
     if replicas is not None and (not isinstance(replicas, int) or replicas < 2):
         raise ValueError(f"replicas must be an integer >= 2 or None; got {replicas!r}.")
-    watched = asked if kind == "strong" or WEIGHTS in asked else (*asked, WITNESS)
-    laboratory = Laboratory(
-        problem, net, watched, kind, moments, REPLICAS if replicas is None else replicas, key
+    watched = asked if kind == "strong" or WEIGHTS in asked else (*asked, SAMPLED_WEIGHTS)
+    paired_runs = PairedRuns(
+        problem, net, watched, kind, compared_at, REPLICAS if replicas is None else replicas, key
     )
     report = _reporter(progress)
     try:
-        seen, stopped = laboratory.measure(h, pairs, report)
+        seen, stopped = paired_runs.measure(h, pairs, report)
     finally:
         if isinstance(report, ProgressBar):
             report.close()
@@ -152,7 +152,7 @@ def orders(
         kind,
         random,
         pairs[0].words,
-        tuple(map(float, moments)),
+        tuple(map(float, compared_at)),
         confidence,
         tuple(notes),
         stopped,
@@ -197,7 +197,9 @@ def _fits(
             e = np.where([step.diverged > 0 for step in steps], math.nan, e)
             fit = fit_order(h, e, s, resolution, confidence, spacing)
             points = OrderPoints(
-                observable=part if name in (WEIGHTS.name, WITNESS.name) and part else name + part,
+                observable=part
+                if name in (WEIGHTS.name, SAMPLED_WEIGHTS.name) and part
+                else name + part,
                 long_name=parts[0].long_name,
                 units=parts[0].units,
                 step_size=h,
@@ -314,20 +316,22 @@ def _row(one: _Candidate, fit: OrderFit, confidence: float) -> OrderRow:
 # What is asked for
 
 
-def _moments(t1: float, times: Sequence[float] | None) -> Float[np.ndarray, " time"]:
+def _compared_at(t1: float, times: Sequence[float] | None) -> Float[np.ndarray, " time"]:
     """The flow times at which the dynamics are compared."""
     if not (isinstance(t1, Real) and math.isfinite(t1) and t1 > 0.0):
         raise ValueError(f"t1 must be a finite flow time > 0; got {t1!r}.")
     if times is None:
         return np.array([float(t1)])
-    moments = np.unique(np.asarray(times, dtype=float).reshape(-1))
-    if moments.size == 0 or not (moments[0] > 0.0 and moments[-1] <= t1 * (1.0 + MISSED)):
+    compared_at = np.unique(np.asarray(times, dtype=float).reshape(-1))
+    if compared_at.size == 0 or not (
+        compared_at[0] > 0.0 and compared_at[-1] <= t1 * (1.0 + MISSED)
+    ):
         raise ValueError(f"times must be flow times > 0 and <= t1 = {t1:g}; got {times!r}.")
-    return moments
+    return compared_at
 
 
 def _dividing(
-    step_sizes: Sequence[float], t1: float, moments: Float[np.ndarray, " time"]
+    step_sizes: Sequence[float], t1: float, compared_at: Float[np.ndarray, " time"]
 ) -> tuple[Float[np.ndarray, " point"], list[str]]:
     """The step sizes, largest first, rounded so that they divide `t1`; and what was rounded."""
     wanted = np.asarray(list(step_sizes), dtype=float).reshape(-1)
@@ -347,10 +351,10 @@ def _dividing(
             f"step_sizes: an order needs {FEWEST} different ones that divide t1 = {t1:g}; got "
             f"{', '.join(f'{x:g}' for x in h)}. Halve the smallest, for example."
         )
-    for step, moment in product(h, moments):
-        if abs(round(moment / step) - moment / step) > MISSED * moment / step:
+    for step, time in product(h, compared_at):
+        if abs(round(time / step) - time / step) > MISSED * time / step:
             raise ValueError(
-                f"times: t = {moment:g} is no multiple of the step size {step:.6g}; choose times "
+                f"times: t = {time:g} is no multiple of the step size {step:.6g}; choose times "
                 "that are multiples of all step sizes."
             )
     return h, notes
@@ -389,7 +393,9 @@ def _coupled(
 
 
 def _check_pairs(
-    pairs: Sequence[Coupling], h: Float[np.ndarray, " point"], moments: Float[np.ndarray, " time"]
+    pairs: Sequence[Coupling],
+    h: Float[np.ndarray, " point"],
+    compared_at: Float[np.ndarray, " time"],
 ) -> None:
     """Raise unless the pairs depend on h and reach the times asked for."""
     fixed = [
@@ -406,7 +412,7 @@ def _check_pairs(
             if one.step_size is None or one.ticks_per_step is None:
                 continue
             own = float(one.step_size)
-            counts = moments / own
+            counts = compared_at / own
             if np.any(np.abs(np.round(counts) - counts) > MISSED * counts):
                 raise ValueError(
                     f"step_sizes: {label(one)} at h = {step:.6g} takes steps of {own:.6g}, which "

@@ -30,7 +30,7 @@ Kind: TypeAlias = Literal["strong", "weak"]
 CHUNK = 8192
 """Paths held at once: more do not run faster on a processor."""
 
-WITNESSES = 32
+MOST_SAMPLED = 32
 """Most weights that are watched beside the observables, to find the order of the pair."""
 
 TOLERANCES = 10.0
@@ -55,11 +55,11 @@ def _some_weights(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics)
 
 
 def _stride(net: DeepLinear) -> int:
-    return math.ceil(net.num_parameters / WITNESSES)
+    return math.ceil(net.num_parameters / MOST_SAMPLED)
 
 
 WEIGHTS = Observable("weights", "weights W", "weight", _all_weights)
-WITNESS = Observable("witness", "weights W", "weight", _some_weights)
+SAMPLED_WEIGHTS = Observable("sampled_weights", "weights W", "weight", _some_weights)
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Laboratory:
+class PairedRuns:
     """Runs pairs of dynamics and takes their differences."""
 
     problem: Problem
     net: DeepLinear
     observables: tuple[Observable, ...]
     kind: Kind
-    moments: Float[np.ndarray, " time"]
+    compared_at: Float[np.ndarray, " time"]
     replicas: int
     key: Any
 
@@ -151,10 +151,10 @@ class Laboratory:
                 self.problem,
                 self.net,
                 dynamics,
-                t1=float(self.moments[-1]),
+                t1=float(self.compared_at[-1]),
                 replicas=self.replicas if random else None,
                 key=own if random else None,
-                save=self.moments,
+                save=self.compared_at,
                 observables=list(self.observables),
                 store_weights=False,
                 chunk=CHUNK,
@@ -177,7 +177,7 @@ class Laboratory:
         integrators from above.
         """
         one, two = runs
-        at = [_places(run, self.moments) for run in (one, two)]
+        at = [_places(run, self.compared_at) for run in (one, two)]
         kept = survivors(one) & survivors(two)
         controls = np.zeros((int(kept.sum()), 0))
         if self.kind == "weak" and any(pair.random) and pair.grid is not None:
@@ -185,7 +185,7 @@ class Laboratory:
                 self.problem,
                 self.net.widths,
                 pair.grid,
-                float(self.moments[-1]),
+                float(self.compared_at[-1]),
                 key,
                 self.replicas,
             )[kept]
@@ -259,13 +259,13 @@ class Laboratory:
 
 def _component_names(observable: Observable, run: Trajectory, net: DeepLinear) -> tuple[str, ...]:
     """Labels of the components of an observable; of weights their own names."""
-    if observable in (WEIGHTS, WITNESS):
+    if observable in (WEIGHTS, SAMPLED_WEIGHTS):
         names = [
             f"W{i}[{row}, {column}]"
             for i, w in enumerate(net.weights, start=1)
             for row, column in np.ndindex(w.shape)
         ]
-        return tuple(names[:: _stride(net)] if observable is WITNESS else names)
+        return tuple(names[:: _stride(net)] if observable is SAMPLED_WEIGHTS else names)
     array = run.to_xarray()[observable.name]
     dims = [str(d) for d in array.dims if d not in ("replica", "time")]
     if math.prod(array.sizes[d] for d in dims) == 1:
@@ -274,13 +274,13 @@ def _component_names(observable: Observable, run: Trajectory, net: DeepLinear) -
     return tuple(f"[{', '.join(part)}]" for part in product(*axes))
 
 
-def _places(run: Trajectory, moments: Float[np.ndarray, " time"]) -> np.ndarray:
+def _places(run: Trajectory, compared_at: Float[np.ndarray, " time"]) -> np.ndarray:
     """Where the times asked for are among the saved ones."""
     saved = np.asarray(run.time, dtype=float)
-    place = np.abs(saved[:, None] - moments).argmin(axis=0)
-    if np.any(np.abs(saved[place] - moments) > MISSED * moments):
+    place = np.abs(saved[:, None] - compared_at).argmin(axis=0)
+    if np.any(np.abs(saved[place] - compared_at) > MISSED * compared_at):
         raise ValueError(
-            f"t1: {type(run.dynamics).__name__} does not stop at t = {moments[-1]:g} but at "
+            f"t1: {type(run.dynamics).__name__} does not stop at t = {compared_at[-1]:g} but at "
             f"t = {saved[-1]:g}; its steps must add up to the flow times asked for."
         )
     return place

@@ -112,7 +112,7 @@ def predict(
 def _predicted(run: "_Run") -> Prediction:
     """The laws of a run, and those of its dynamics among them."""
     dynamics, training = run.dynamics, _training(run.dynamics)
-    start = run.begun(training or GradientFlow(1e-10, 1e-12))
+    start = run.optimization_phase(training or GradientFlow(1e-10, 1e-12))
     leading = run.law("leading_order", start)
     finite = None
     if isinstance(dynamics, GradientDescent) or (training is not None and run.is_slow):
@@ -228,7 +228,7 @@ class _Run:
         self.random = problem.is_stochastic if self.is_slow else dynamics.is_random(problem)
         self.pulled = bool(problem.penalties or problem.layer_noise)
 
-    def begun(self, mover: GradientDescent | GradientFlow) -> _Start:
+    def optimization_phase(self, mover: GradientDescent | GradientFlow) -> _Start:
         """The optimization phase without noise and penalties."""
         data = self.problem.data
         moments = Regression.from_moments(self.problem.input_moment, data.syx, data.syy)

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gradflow.random.antithetic import Units
+from gradflow.random.antithetic import IndependentSamples
 from gradflow.study.results import RunResult
 from gradflow.study.spec.spec import ClaimSpec
 
@@ -149,8 +149,8 @@ def stored_weights(run: RunResult) -> tuple[Values, ...]:
 
 def mean(values: Values, run: RunResult) -> Measurement:
     """Mean and standard error over the replicas that did not diverge, no error for a single one."""
-    units = Units(survivors(run), run.trajectory.normals.antithetic)
-    return Measurement(float(np.mean(values)), known(float(units.standard_error(values))))
+    samples = IndependentSamples(survivors(run), run.trajectory.normals.antithetic)
+    return Measurement(float(np.mean(values)), known(float(samples.standard_error(values))))
 
 
 def known(value: float | None) -> float | None:
