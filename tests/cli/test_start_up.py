@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specs import HEAD
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 HEAVY = {"diffrax", "equinox", "jax", "matplotlib", "numpy", "pandas", "scipy", "sklearn", "xarray"}
 """Libraries that take tenths of a second and more to import."""
