@@ -225,7 +225,8 @@ def test_a_step_limit_is_no_divergence(keep: Any, monkeypatch: pytest.MonkeyPatc
         assert not run.diverged.any()
         reached = float(run.to_xarray()["incomplete_at"][1])
         before = run.time <= reached
-        assert 0.0 < reached < 100.0
+        # Curvature is 900, steps are stable up to h lambda = 6.4, and a call may take 64 too many.
+        assert 300 * 5.0 < 900.0 * reached < (500 + 64) * 6.4
         expected = 899.9999 * np.exp(-2e-3 * run.time)
         np.testing.assert_allclose(run["imbalance"][1, before], expected[before], rtol=1e-7)
         assert np.all(np.isnan(run["imbalance"][1, ~before]))
