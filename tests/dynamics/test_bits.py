@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gradflow as gf
+from gradflow.dynamics import base
 from gradflow.simulation import slices as runner
 
 SCALAR = gf.DeepLinear([[[0.9]], [[-0.4]]])
@@ -59,6 +60,18 @@ class Artificial:
 
 @pytest.mark.parametrize("name", CASES)
 def test_neither_slices_nor_saved_times_change_a_bit(name, monkeypatch):
+    check_cuts(name, monkeypatch)
+
+
+def test_nor_do_they_with_longer_turns(monkeypatch):
+    """Accelerators take 16 steps a turn; a cut may then fall into the same turn twice."""
+    monkeypatch.setattr(base, "CPU_STEPS", 4)
+    jax.clear_caches()
+    check_cuts("order 1", monkeypatch)
+    jax.clear_caches()
+
+
+def check_cuts(name, monkeypatch):
     problem, net, dynamics = CASES[name]
     monkeypatch.setattr(runner, "SliceSizer", Artificial)
 
