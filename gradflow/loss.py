@@ -6,6 +6,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.backend.products import product
 from gradflow.backend.types import EndToEnd, Scalar, Weights
+from gradflow.checks import check_fit
 from gradflow.data import Regression
 from gradflow.network import DeepLinear, end_to_end
 
@@ -120,9 +121,4 @@ def per_sample_gradients(net: DeepLinear, data: Regression) -> Weights:
 
 
 def _check_match(net: DeepLinear, data: Regression) -> None:
-    d_out, d_in = data.syx.shape
-    if net.widths[0] != d_in or net.widths[-1] != d_out:
-        raise ValueError(
-            f"net: widths {net.widths} do not fit the data with {d_in} inputs and {d_out} targets; "
-            f"the first width must be {d_in} and the last {d_out}."
-        )
+    check_fit("net: widths", net.widths, data.d_in, data.d_out)

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from gradflow.backend.lapack_batches import decomposed_together, traced
 from gradflow.backend.products import in_groups, product
 from gradflow.backend.types import Weights
+from gradflow.checks import first_line
 from gradflow.dynamics.base import AbstractDynamics, over_paths
 from gradflow.dynamics.descent import GradientDescent
 from gradflow.dynamics.gradient_flow import GradientFlow
@@ -31,7 +32,6 @@ from gradflow.geometry.imbalance import gram_differences, imbalance, squared_nor
 from gradflow.loss import loss
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.regularizers.base import first_line
 from gradflow.theory.drift import flow_imbalance_drift, imbalance_drift
 from gradflow.theory.floor import (
     INSTEAD,

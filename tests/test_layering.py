@@ -16,6 +16,7 @@ import pytest
 ROOMS: tuple[str, ...] = (
     "backend",
     "random",
+    "checks",
     "network",
     "init",
     "data",

@@ -14,7 +14,6 @@ from scipy.optimize import isotonic_regression
 from gradflow.analysis.statistics import (
     MAX_GROUPS,
     Paths,
-    check_confidence,
     has,
     jackknife_error,
     leave_out_means,
@@ -25,6 +24,7 @@ from gradflow.analysis.statistics import (
     trapezoid_weights,
     weighted_line,
 )
+from gradflow.checks import check_confidence
 from gradflow.results.trajectory import Trajectory
 
 NO_FLOOR = "no regularization phase: the loss floor of this problem under this dynamics is 0"

@@ -9,7 +9,6 @@ from gradflow.analysis.boundary import optimization_end
 from gradflow.analysis.local_rates import LocalRates, local_rates
 from gradflow.analysis.statistics import (
     Paths,
-    check_confidence,
     jackknife_error,
     leave_out_means,
     mean_with_error,
@@ -18,6 +17,7 @@ from gradflow.analysis.statistics import (
     weighted_line,
 )
 from gradflow.analysis.unmeasured import Unmeasured
+from gradflow.checks import check_confidence
 from gradflow.random.antithetic import IndependentSamples
 from gradflow.results.trajectory import Trajectory
 

@@ -180,9 +180,3 @@ def mean_with_error(
     r"""Mean over replicas, its error $s/\sqrt m$ over $m$ samples, and the Student-t interval."""
     mean, error = float(np.mean(values)), float(samples.standard_error(values))
     return mean, error, *student_interval(mean, error, samples.count - 1, confidence)
-
-
-def check_confidence(confidence: float) -> None:
-    """Raise a `ValueError` unless the confidence is strictly between 0 and 1."""
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must lie between 0 and 1, for example 0.95; got {confidence}")

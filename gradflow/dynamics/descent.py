@@ -11,6 +11,16 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from gradflow.backend.types import Scalar, Weights
+from gradflow.checks import (
+    Decay,
+    check_velocity,
+    checked_count,
+    checked_decay,
+    checked_momentum,
+    checked_step_size,
+    checked_velocity,
+    remembered,
+)
 from gradflow.dynamics.base import (
     AbstractDynamics,
     State,
@@ -29,16 +39,6 @@ from gradflow.dynamics.optimizers import (
     started,
     takes_learning_rate,
     updated,
-)
-from gradflow.dynamics.settings import (
-    Decay,
-    check_velocity,
-    checked_count,
-    checked_decay,
-    checked_momentum,
-    checked_step_size,
-    checked_velocity,
-    remembered,
 )
 from gradflow.dynamics.stepwise import step_numbers, stepped
 from gradflow.network import DeepLinear, widths_of

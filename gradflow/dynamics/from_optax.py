@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradflow.checks import first_line
 from gradflow.dynamics.optimizers import is_transformation, slope
-from gradflow.regularizers.base import first_line
 
 
 class FromOptax(eqx.Module):

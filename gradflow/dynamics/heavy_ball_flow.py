@@ -9,10 +9,7 @@ import jax
 from jaxtyping import ArrayLike
 
 from gradflow.backend.types import Scalar, Weights
-from gradflow.dynamics.base import over_paths
-from gradflow.dynamics.layers import over_all_paths, penalty_gradient
-from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
-from gradflow.dynamics.settings import (
+from gradflow.checks import (
     Decay,
     check_velocity,
     checked_decay,
@@ -20,6 +17,9 @@ from gradflow.dynamics.settings import (
     checked_step_size,
     checked_velocity,
 )
+from gradflow.dynamics.base import over_paths
+from gradflow.dynamics.layers import over_all_paths, penalty_gradient
+from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.problem import Problem
 from gradflow.solvers.dormand_prince import DormandPrince853
 

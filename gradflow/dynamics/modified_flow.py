@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.backend.types import EndToEnd, Scalar, Weights
+from gradflow.checks import checked_step_size
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
-from gradflow.dynamics.settings import checked_step_size
 from gradflow.loss import pull_back
 from gradflow.network import end_to_end
 from gradflow.problem import Problem

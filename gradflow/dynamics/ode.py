@@ -15,6 +15,7 @@ from jaxtyping import Array, ArrayLike
 
 from gradflow.backend.tracing import as_floats, is_traced
 from gradflow.backend.types import Scalar, Weights
+from gradflow.checks import as_parameter
 from gradflow.dynamics.base import (
     AbstractDynamics,
     End,
@@ -33,7 +34,6 @@ from gradflow.dynamics.integration import (
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.random.streams import Source
-from gradflow.regularizers.base import as_parameter
 from gradflow.solvers.both_modes import in_both_modes
 from gradflow.solvers.dense_or_krylov import DenseOrKrylov
 from gradflow.solvers.gauss_legendre import GaussLegendre

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from gradflow.backend.types import Scalar, Weights
-from gradflow.regularizers.base import first_line
+from gradflow.checks import first_line
 
 ROWS = ((1.0, 2.0), (3.0, 5.0))
 """A gradient without the symmetries under which some transformations of optax give nothing."""

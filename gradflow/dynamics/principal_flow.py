@@ -10,8 +10,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Complex, Float
 
 from gradflow.backend.types import Scalar, Weights
+from gradflow.checks import checked_step_size
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
-from gradflow.dynamics.settings import checked_step_size
 from gradflow.geometry.curvature import LARGEST_DENSE_HESSIAN
 from gradflow.problem import Problem
 from gradflow.regularizers.weight_decay import WeightDecay

@@ -12,6 +12,14 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.backend.tracing import is_traced
 from gradflow.backend.types import Scalar, Weights
+from gradflow.checks import (
+    Decay,
+    as_parameter,
+    checked_decay,
+    checked_momentum,
+    checked_step_size,
+    remembered,
+)
 from gradflow.dynamics.base import (
     AbstractDynamics,
     End,
@@ -23,13 +31,6 @@ from gradflow.dynamics.base import (
 from gradflow.dynamics.integration import SolverMemory
 from gradflow.dynamics.modified_flow import is_reshuffled
 from gradflow.dynamics.ode import checked_tolerances, chosen_solver
-from gradflow.dynamics.settings import (
-    Decay,
-    checked_decay,
-    checked_momentum,
-    checked_step_size,
-    remembered,
-)
 from gradflow.dynamics.slow_motion import SlowMemory, along_manifold, moved_to, random_motion
 from gradflow.dynamics.slow_sde import noise_square_rates
 from gradflow.geometry.base import check_double, output_loss
@@ -39,7 +40,6 @@ from gradflow.geometry.limit_maps import descent_projection, flow_projection
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.random.streams import Source
-from gradflow.regularizers.base import as_parameter
 from gradflow.theory.drift import flow_imbalance_drift
 from gradflow.theory.lyapunov import MOST_STEPS
 from gradflow.theory.slow_drift import slow_drift

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Int
 
 from gradflow.backend.tracing import is_traced
 from gradflow.backend.types import Scalar, Weights
-from gradflow.dynamics.settings import MOST_COUNTED
+from gradflow.checks import MOST_COUNTED
 
 Carry: TypeAlias = tuple[Weights, Any]
 """The weights of an ensemble of one, and what a dynamics remembers beside them."""

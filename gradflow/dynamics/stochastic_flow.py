@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int
 
 from gradflow.backend.types import Scalar, Weights
+from gradflow.checks import MOST_COUNTED, checked_count, checked_step_size
 from gradflow.dynamics.base import (
     AbstractDynamics,
     State,
@@ -28,7 +29,6 @@ from gradflow.dynamics.sde_terms import (
     StochasticGradientTerm,
     drift_term,
 )
-from gradflow.dynamics.settings import MOST_COUNTED, checked_count, checked_step_size
 from gradflow.network import left_products, right_products, widths_of
 from gradflow.problem import Problem
 from gradflow.random.streams import Source, Stream

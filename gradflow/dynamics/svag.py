@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int
 
 from gradflow.backend.types import Scalar, Weights
+from gradflow.checks import checked_count, checked_step_size
 from gradflow.dynamics.base import (
     AbstractDynamics,
     State,
@@ -21,7 +22,6 @@ from gradflow.dynamics.base import (
 )
 from gradflow.dynamics.layers import minus_scaled
 from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
-from gradflow.dynamics.settings import checked_count, checked_step_size
 from gradflow.network import widths_of
 from gradflow.problem import Problem
 from gradflow.random.streams import Source, Stream

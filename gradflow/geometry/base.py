@@ -4,6 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Float
 
 from gradflow.backend.types import EndToEnd, Weights
+from gradflow.checks import check_fit
 from gradflow.data import Regression
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
@@ -72,12 +73,7 @@ def check_problem(problem: object) -> None:
 
 def check_widths(net: DeepLinear, problem: Problem) -> None:
     """Raise a `ValueError` if the first and the last width are not those of the data."""
-    d_out, d_in = problem.data.syx.shape
-    if (net.widths[0], net.widths[-1]) != (d_in, d_out):
-        raise ValueError(
-            f"net: widths {net.widths} do not fit the data with {d_in} inputs and {d_out} targets; "
-            f"the first width must be {d_in} and the last {d_out}."
-        )
+    check_fit("net: widths", net.widths, problem.data.d_in, problem.data.d_out)
 
 
 def check_double(weights: Weights, what: str) -> None:

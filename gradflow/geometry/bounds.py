@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from gradflow.backend.tracing import is_traced
 from gradflow.backend.types import EndToEnd, Scalar
+from gradflow.checks import check_fit
 from gradflow.data import Regression
 from gradflow.geometry.base import OutputLoss, check_data, output_loss
 from gradflow.geometry.curvature import check_minima
@@ -165,11 +166,7 @@ def _fitting(widths: object, loss: OutputLoss) -> tuple[int, ...]:
         )
     sizes = tuple(map(int, widths))
     d_out, d_in = loss.target.shape
-    if len(sizes) < 2 or (sizes[0], sizes[-1]) != (d_in, d_out):
-        raise ValueError(
-            f"widths: {sizes} do not fit the data with {d_in} inputs and {d_out} targets; "
-            f"the first width must be {d_in} and the last {d_out}."
-        )
+    check_fit("widths:", sizes, d_in, d_out)
     _check_widths(loss.target @ loss.root, sizes)
     return sizes
 

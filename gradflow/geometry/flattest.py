@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from gradflow.backend.types import Weights
+from gradflow.checks import check_fit
 from gradflow.data import Regression
 from gradflow.geometry.base import OutputLoss, output_loss
 from gradflow.geometry.bounds import least_sharpness
@@ -327,9 +328,7 @@ def _checked_widths(widths: Sequence[SupportsIndex], loss: OutputLoss) -> tuple[
         )
     sizes = tuple(w.__index__() for w in widths)
     d_out, d_in = loss.y.shape
-    if len(sizes) < 2 or min(sizes) < 1 or (sizes[0], sizes[-1]) != (d_in, d_out):
-        raise ValueError(
-            f"widths: {sizes} do not fit the data with {d_in} inputs and {d_out} targets; give "
-            f"positive widths ({d_in}, ..., {d_out}), input first."
-        )
+    check_fit("widths:", sizes, d_in, d_out)
+    if min(sizes) < 1:
+        raise ValueError(f"widths must be positive; got {sizes}.")
     return sizes

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Int
 
 from gradflow.backend.types import Scalar, Weights
+from gradflow.checks import as_parameter
 from gradflow.data import Regression
 from gradflow.geometry.base import OutputLoss
 from gradflow.geometry.manifold import (
@@ -34,7 +35,6 @@ from gradflow.geometry.manifold import (
 from gradflow.loss import pull_back
 from gradflow.network import DeepLinear, end_to_end
 from gradflow.problem import Problem
-from gradflow.regularizers.base import as_parameter
 
 SETTLED = 1e-10
 r"""Relative residual at which training is left to `retract`, whose error is its square."""

@@ -16,103 +16,12 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from gradflow.backend.products import product
-from gradflow.backend.tracing import as_floats, is_traced
 from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.data import Regression
 from gradflow.random.streams import Stream
-
-
-def as_parameter(value: ArrayLike, name: str = "a step size, rate, level or tolerance") -> Scalar:
-    """A rate or level as an array, so that a sweep over it does not recompile.
-
-    **Raises:** `TypeError` with the name of the field if it is not a number.
-    """
-    wrong = TypeError(f"{name} must be a number; got {value!r}.")
-    if isinstance(value, str):  # NumPy would read the number in it
-        raise wrong
-    try:
-        return as_floats(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise wrong from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of other code says, in one line and without the full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def check_nonnegative(name: str, value: Array) -> None:
-    """Raise a `ValueError` that names the field unless `value` is a finite number >= 0.
-
-    Traced values pass.
-    """
-    if value.ndim != 0:
-        raise ValueError(f"{name} must be a single number; got shape {value.shape}.")
-    if is_traced(value):
-        return
-    number = float(value)
-    if not (np.isfinite(number) and number >= 0.0):
-        raise ValueError(f"{name} must be a finite number >= 0; got {number}.")
-
-
-def check_std(name: str, value: Array) -> None:
-    """Raise a `ValueError` unless `value` is a standard deviation >= 0 whose square is finite."""
-    check_nonnegative(name, value)
-    largest = float(np.sqrt(np.finfo(value.dtype).max))
-    if not is_traced(value) and float(value) > largest:
-        raise ValueError(
-            f"{name} must be at most {largest:.2g}, where the variance overflows; got "
-            f"{float(value):.3g}."
-        )
-
-
-def check_rate(name: str, value: Array) -> None:
-    """Raise a `ValueError` that names the field unless `value` is a number in [0, 1).
-
-    Traced values pass.
-    """
-    check_nonnegative(name, value)
-    if not is_traced(value) and float(value) >= 1.0:
-        raise ValueError(
-            f"{name} is the probability to drop and must lie in [0, 1); got {float(value)}."
-        )
-
-
-def as_layers(value: Any) -> Any:
-    """Layer numbers as an ascending tuple of integers; anything else unchanged."""
-    if isinstance(value, list | tuple | range | np.ndarray):
-        numbers = [int(v) if isinstance(v, np.integer) else v for v in value]
-        if all(isinstance(v, int) for v in numbers):
-            return tuple(sorted(numbers))
-        return tuple(numbers)
-    return value
-
-
-def check_layers(name: str, layers: Any) -> None:
-    """Raise a `ValueError` that names the field unless `layers` are layer numbers or None."""
-    if layers is None:
-        return
-    numbers = isinstance(layers, tuple) and all(
-        isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in layers
-    )
-    if not numbers or not layers or len(set(layers)) < len(layers):
-        raise ValueError(
-            f"{name} must be a list of distinct layer numbers >= 1 such as [1, 2], or None for "
-            f"all layers; got {layers!r}."
-        )
-
-
-def check_within(name: str, layers: tuple[int, ...] | None, depth: int) -> None:
-    """Raise a `ValueError` if a network of the given depth lacks one of the layers."""
-    if layers is not None and layers[-1] > depth:
-        raise ValueError(
-            f"{name}: there is no layer {layers[-1]} in a network of depth {depth}; choose from 1 "
-            f"to {depth}."
-        )
 
 
 class NoiseMoments(eqx.Module):

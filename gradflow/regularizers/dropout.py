@@ -8,14 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gradflow.backend.types import Scalar
+from gradflow.checks import as_layers, as_parameter, check_layers, check_rate
 from gradflow.random.streams import Stream
-from gradflow.regularizers.base import (
-    AbstractActivationNoise,
-    as_layers,
-    as_parameter,
-    check_layers,
-    check_rate,
-)
+from gradflow.regularizers.base import AbstractActivationNoise
 
 
 class Dropout(AbstractActivationNoise):

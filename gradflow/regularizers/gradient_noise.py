@@ -5,11 +5,8 @@ from functools import partial
 import equinox as eqx
 
 from gradflow.backend.types import Scalar
-from gradflow.regularizers.base import (
-    AbstractGradientNoise,
-    as_parameter,
-    check_std,
-)
+from gradflow.checks import as_parameter, check_std
+from gradflow.regularizers.base import AbstractGradientNoise
 
 
 class GradientNoise(AbstractGradientNoise):

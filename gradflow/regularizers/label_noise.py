@@ -8,13 +8,9 @@ from jaxtyping import Array, Float
 
 from gradflow.backend.products import product
 from gradflow.backend.types import EndToEnd, Scalar
+from gradflow.checks import as_parameter, check_std
 from gradflow.data import Regression
-from gradflow.regularizers.base import (
-    AbstractDataNoise,
-    NoiseMoments,
-    as_parameter,
-    check_std,
-)
+from gradflow.regularizers.base import AbstractDataNoise, NoiseMoments
 
 
 class LabelNoise(AbstractDataNoise):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from gradflow.backend.types import Scalar, Weights
-from gradflow.regularizers.base import AbstractPenalty, first_line
+from gradflow.checks import first_line
+from gradflow.regularizers.base import AbstractPenalty
 
 
 class Penalty(AbstractPenalty):

@@ -6,7 +6,8 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from gradflow.backend.types import Scalar, Weights
-from gradflow.regularizers.base import AbstractPenalty, as_parameter, check_nonnegative
+from gradflow.checks import as_parameter, check_nonnegative
+from gradflow.regularizers.base import AbstractPenalty
 
 
 class WeightDecay(AbstractPenalty):

@@ -7,16 +7,9 @@ import equinox as eqx
 from jaxtyping import Array, Float
 
 from gradflow.backend.types import Scalar
+from gradflow.checks import as_layers, as_parameter, check_layers, check_std, check_within
 from gradflow.random.streams import Stream
-from gradflow.regularizers.base import (
-    AbstractWeightNoise,
-    as_layers,
-    as_parameter,
-    check_layers,
-    check_std,
-    check_within,
-    layer_shapes,
-)
+from gradflow.regularizers.base import AbstractWeightNoise, layer_shapes
 
 
 class WeightNoise(AbstractWeightNoise):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradflow.backend.tracing import float_of
+from gradflow.checks import MOST_COUNTED
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.descent import GradientDescent, scheduled_step_sizes
-from gradflow.dynamics.settings import MOST_COUNTED
 
 Spacing: TypeAlias = Literal["lin", "log"]
 Save: TypeAlias = int | Sequence[float] | np.ndarray

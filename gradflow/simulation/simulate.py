@@ -17,6 +17,7 @@ from jaxtyping import PRNGKeyArray
 from gradflow.backend.devices import Devices
 from gradflow.backend.memory import check_room, paths_at_once
 from gradflow.backend.tracing import is_traced
+from gradflow.checks import is_count
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.normals import check_normals, check_pairs
 from gradflow.network import DeepLinear, widths_of
@@ -31,7 +32,7 @@ from gradflow.simulation.divergence import DivergedWarning, divergence
 from gradflow.simulation.progress import ProgressBar, Report, automatic
 from gradflow.simulation.schedule import Save, Spacing, schedule
 from gradflow.simulation.slices import Runner
-from gradflow.simulation.starts import check_norms, check_penalties, is_count, stacked, starts_of
+from gradflow.simulation.starts import check_norms, check_penalties, stacked, starts_of
 from gradflow.simulation.to_dataset import labelled
 
 STORED_BY_DEFAULT = 64 * 2**20

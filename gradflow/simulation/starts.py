@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from gradflow.backend.tracing import float_of
 from gradflow.backend.types import Weights
+from gradflow.checks import check_fit, is_count
 from gradflow.dynamics.base import squared_norm
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
@@ -40,11 +41,7 @@ def starts_of(
                 f"net: all networks need equal widths; got {nets[0].widths} and {n.widths}."
             )
     widths = nets[0].widths
-    if widths[0] != d_in or widths[-1] != d_out:
-        raise ValueError(
-            f"net: widths {widths} do not fit the data with {d_in} inputs and {d_out} targets; "
-            f"the first width must be {d_in} and the last {d_out}."
-        )
+    check_fit("net: widths", widths, d_in, d_out)
     if replicas is not None and not is_count(replicas):
         raise ValueError(f"replicas must be an integer >= 1 or None; got {replicas!r}.")
     if replicas is not None and replicas > MOST_PATHS:
@@ -114,8 +111,3 @@ def check_penalties(problem: Problem, weights: Weights) -> None:
                     "no run can begin; start elsewhere, or smooth the penalty there (the gradient "
                     "of a norm or a root at 0 is NaN under jax.grad)."
                 )
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value is an integer >= 1."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1

@@ -67,7 +67,7 @@ def test_nor_do_they_with_longer_turns(monkeypatch):
     """Accelerators take 16 steps a turn; a cut may then fall into the same turn twice."""
     monkeypatch.setattr(base, "CPU_STEPS", 4)
     jax.clear_caches()
-    check_cuts("order 1", monkeypatch)
+    check_cuts("descent with a schedule", monkeypatch)
     jax.clear_caches()
 
 

@@ -345,7 +345,7 @@ def test_gap_of_a_zero_target_has_no_ratio():
     [
         (((2, 1, 2), "trace"), "widths: (2, 1, 2) let through rank 1, but the target has rank 2"),
         (((2, 2, 3), "trace"), "widths: (2, 2, 3) do not fit the data with 2 inputs and 2 targets"),
-        (((2, 0, 2), "trace"), "give positive widths (2, ..., 2)"),
+        (((2, 0, 2), "trace"), "widths must be positive; got (2, 0, 2)"),
         (
             ((2, 3, 2), "trace", gf.DeepLinear([np.eye(2), np.eye(2)])),
             "start: widths (2, 2, 2) differ from widths (2, 3, 2).",

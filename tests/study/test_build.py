@@ -172,8 +172,8 @@ def test_named_tables(load):
     [
         ("[[0.1]]", "[[0.1, 0.2]]", 5, "network: "),
         ('"whitened"\ntarget = [[1.0]]', '"moments"\nsxx = [[-1]]\nsyx = [[0]]', 2, "data: "),
-        ("[[1.0]]", "[[1.0, 2.0]]", 5, "network: widths 1 -> 1 -> 1 do not fit the data, which "
-         "have 2 inputs and 1 target"),
+        ("[[1.0]]", "[[1.0, 2.0]]", 5, "network: widths (1, 1, 1) do not fit the data with "
+         "2 inputs and 1 targets"),
         ('"whitened"\ntarget = [[1.0]]', '"file"\npath = "no.csv"\ntargets = ["y"]', 2,
          "data: data.path: there is no file"),
     ],

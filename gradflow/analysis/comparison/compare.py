@@ -27,8 +27,9 @@ from gradflow.analysis.comparison.matched_times import (
     common_grid,
     match_times,
 )
-from gradflow.analysis.statistics import check_confidence, independent_samples, recorded
+from gradflow.analysis.statistics import independent_samples, recorded
 from gradflow.analysis.unmeasured import Unmeasured
+from gradflow.checks import check_confidence
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.effective_time import differ_in_momentum, momentum_of
 from gradflow.network import DeepLinear

@@ -25,7 +25,7 @@ from gradflow.analysis.convergence.runs import (
     StepResult,
     label,
 )
-from gradflow.analysis.statistics import check_confidence
+from gradflow.checks import check_confidence
 from gradflow.dynamics.effective_time import differ_in_momentum
 from gradflow.network import DeepLinear
 from gradflow.observables import Observable, ObservableSpec, resolve

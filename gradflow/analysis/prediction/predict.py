@@ -13,14 +13,9 @@ from gradflow.analysis.prediction.at_minimum import at_minimum, landed
 from gradflow.analysis.prediction.edge import beyond_the_edge, optimization_rate, unstable
 from gradflow.analysis.prediction.noise_free_run import noise_free_run, nonzero_spectrum
 from gradflow.analysis.prediction.overlap import overlap
-from gradflow.analysis.prediction.rate_laws import (
-    Prediction,
-    RateLaw,
-    Theory,
-    is_number,
-    rounded_speed,
-)
+from gradflow.analysis.prediction.rate_laws import Prediction, RateLaw, Theory, rounded_speed
 from gradflow.backend.types import Scalar
+from gradflow.checks import Decay, is_number
 from gradflow.data import Regression
 from gradflow.dynamics import (
     SVAG,
@@ -31,7 +26,6 @@ from gradflow.dynamics import (
     StochasticFlow,
 )
 from gradflow.dynamics.base import AbstractDynamics
-from gradflow.dynamics.settings import Decay
 from gradflow.geometry.base import (
     check_double,
     check_network,

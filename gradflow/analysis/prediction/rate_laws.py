@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool
 
 from gradflow.analysis.prediction.end_point import EndPoint, end_point
 from gradflow.backend.types import Weights
-from gradflow.dynamics.settings import Decay
+from gradflow.checks import Decay
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.curvature import hessian_trace
@@ -419,17 +419,6 @@ def _rests(flow: SlowFlow, problem: Problem, weights: Weights) -> Bool[Array, ""
         return still
     noise = sum(jnp.sum(z * z) for z in tangential_noise(problem, weights, normals))
     return still & (noise <= NEGLIGIBLE * curvature * jnp.trace(problem.data.syy))
-
-
-def is_number(given: object) -> bool:
-    """Whether something is a real number, or an array that holds one."""
-    if isinstance(given, str):
-        return False
-    try:
-        array = np.asarray(given)
-    except (TypeError, ValueError):
-        return False
-    return array.ndim == 0 and array.dtype.kind in "iuf"
 
 
 def shown_imbalance(value: float, norms: tuple[float, ...]) -> float:

@@ -14,6 +14,7 @@ from gradflow import dynamics as dynamics_room, init
 from gradflow.analysis.convergence.coupling import at_step_size, couple
 from gradflow.analysis.convergence.fit import FEWEST
 from gradflow.backend.types import Weights
+from gradflow.checks import check_fit
 from gradflow.data import Regression
 from gradflow.dynamics import AbstractDynamics, FromOptax, SlowFlow
 from gradflow.dynamics.normals import check_normals, check_pairs
@@ -157,7 +158,7 @@ class _Building:
         data = build_data(spec.data_of(table), self.study.path.parent)
         self.place = _network_place(table, at)
         network = build_network(spec.network_of(table))
-        _check_widths(network, data)
+        check_fit("widths", network.widths, data.d_in, data.d_out)
         self.place = (*at, "regularizers")
         regularizers = [build_regularizer(item) for item in table.regularizers]
         problem = Problem(data, regularizers=regularizers)
@@ -356,12 +357,3 @@ def _check_common_noise(
                 f'got "strong"; {names} share no noise ({shared.words}), so they have no distance '
                 'path by path; give distance = "weak"'
             )
-
-
-def _check_widths(network: DeepLinear, data: Regression) -> None:
-    widths = network.widths
-    if (widths[0], widths[-1]) != (data.d_in, data.d_out):
-        raise ValueError(
-            f"widths {' -> '.join(map(str, widths))} do not fit the data, which have {data.d_in} "
-            f"input{'s' * (data.d_in != 1)} and {data.d_out} target{'s' * (data.d_out != 1)}"
-        )
