@@ -113,6 +113,7 @@ NOT_OF_ONES = {
         for name in sorted(OPTIMIZERS)
     ],
 )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_optimizer_of_optax_lowers_the_loss(name):
     dynamics = gf.GradientDescent(0.01, optimizer=gf.FromOptax(name))
     run = gf.simulate(PROBLEM, gf.DeepLinear([[[0.8]], [[0.6]]]), dynamics, steps=5, save=2)
