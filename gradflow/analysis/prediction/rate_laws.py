@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool
 
 from gradflow.analysis.prediction.end_point import EndPoint, end_point
 from gradflow.backend.types import Weights
+from gradflow.checks import Decay, is_number
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.curvature import hessian_trace
