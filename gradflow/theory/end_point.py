@@ -98,6 +98,7 @@ def slow_end(
     """
     loss = output_loss(problem)
 
+    @jax.jit  # the solver asks for it in many places, and it takes long to trace
     def velocity(at: Weights) -> Weights:
         options: dict[str, Any] = {"finite_step": finite_step, "decay": decay}
         return slow_drift(problem, retract(at, loss), step_size, momentum, **options)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import diffrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from gradflow.backend.types import Scalar, Weights
 from gradflow.geometry.base import output_loss
@@ -45,6 +45,7 @@ def slow_point(
     loss = output_loss(problem)
     stop = jnp.asarray(time, loss.s.dtype)
 
+    @jax.jit  # the solver asks for it in many places, and it takes long to trace
     def velocity(t: Any, at: Weights, args: None) -> Weights:
         del t, args
         options: dict[str, Any] = {"finite_step": finite_step, "decay": decay}
@@ -73,6 +74,33 @@ def slow_point(
     result = solution.result
     arrived = (result == diffrax.RESULTS.successful) | (result == diffrax.RESULTS.event_occurred)
     return there, arrived & jnp.isfinite(_norm(there))
+
+
+def slow_points(
+    problem: Problem,
+    weights: Weights,
+    times: Float[Array, " time"],
+    step_size: ArrayLike,
+    momentum: ArrayLike | None = None,
+    *,
+    finite_step: bool = True,
+    decay: Literal["coupled", "decoupled"] = "coupled",
+) -> tuple[Weights, Bool[Array, " time"]]:
+    """`slow_point` at several flow times in a row, ascending and >= 0, each from the one before.
+
+    **Returns:** the weights, `(time, d_i, d_{i-1})`, and which of the times the path got to.
+    """
+
+    def on(
+        carry: tuple[Weights, Scalar], time: Scalar
+    ) -> tuple[tuple[Weights, Scalar], tuple[Weights, Bool[Array, ""]]]:
+        at, now = carry
+        options: dict[str, Any] = {"finite_step": finite_step, "decay": decay}
+        there, arrived = slow_point(problem, at, time - now, step_size, momentum, **options)
+        return (there, time), (there, arrived)
+
+    _, points = jax.lax.scan(on, (weights, jnp.zeros_like(times[0])), times)
+    return points
 
 
 def _norm(weights: Weights) -> Scalar:

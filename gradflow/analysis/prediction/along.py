@@ -33,7 +33,9 @@ def rate_along(prediction: Prediction, measured: Rate, time: np.ndarray) -> Rate
     start, stop = measured.window
     inside = time[(time >= start) & (time <= stop)]
     knots = np.linspace(start, stop, POINTS)
-    sizes = np.array([prediction.at(float(t)).imbalance for t in knots])
+    if prediction.slow is None:
+        raise ValueError(prediction.reason or prediction.end_reason)
+    sizes = prediction.slow.imbalances(knots)
     if not np.all(sizes > 0.0):
         raise ValueError(f"the slow flow has no imbalance left at t = {knots[sizes <= 0.0][0]:.6g}")
     logs = PchipInterpolator(knots, np.log(sizes))(inside)[None]

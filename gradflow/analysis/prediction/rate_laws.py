@@ -1,6 +1,7 @@
 """What a prediction holds: the rate laws at leading order and at finite step, and their table."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -9,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from gradflow.analysis.prediction.end_point import EndPoint, end_point
 from gradflow.backend.types import Weights
@@ -24,7 +25,7 @@ from gradflow.problem import Problem
 from gradflow.simulation.progress import announced
 from gradflow.theory.end_point import Ending, driving_force, slow_end
 from gradflow.theory.slow_noise import NEGLIGIBLE, tangential_noise, tangential_size
-from gradflow.theory.slow_path import slow_point
+from gradflow.theory.slow_path import slow_point, slow_points
 from gradflow.theory.spread import imbalance_variance_rate
 
 Theory: TypeAlias = Literal["leading_order", "finite_step"]
@@ -167,7 +168,7 @@ class RateLaw:
             if self.step_size == 0.0:
                 raise ValueError(f"at: steps={given}, but a flow has no steps; give a flow time.")
             when *= self.step_size
-        if why := self._no_path():
+        if why := self._no_path:
             raise ValueError(f"at: {why}.")
         net = self.limit
         if when > 0.0 and not self._rests:
@@ -182,6 +183,25 @@ class RateLaw:
             net = DeepLinear(weights)
         return SlowPoint(when, self._steps(when), float(imbalance(net)), net)
 
+    def imbalances(self, times: Sequence[float]) -> Float[np.ndarray, " time"]:
+        """The imbalance of the slow flow at ascending flow times, followed once.
+
+        **Raises:** `ValueError` as `at` does.
+        """
+        if why := self._no_path:
+            raise ValueError(f"imbalances: {why}.")
+        wanted = np.asarray(times, dtype=float)
+        if self._rests:
+            return np.full(wanted.shape, float(imbalance(self.limit)))
+        weights, arrived = _slow_points(*self._start(jnp.asarray(wanted)), **self._options())
+        if not np.all(arrived):
+            first = wanted[int(np.argmin(np.asarray(arrived)))]
+            raise ValueError(
+                f"imbalances: the slow flow does not get to t = {first:g}: on its way training "
+                "about the minima becomes unstable, and the theory ends."
+            )
+        return np.asarray(jax.vmap(lambda w: imbalance(DeepLinear(w)))(weights))
+
     @property
     def slow_flow(self) -> SlowFlow:
         """The dynamics that this law describes; only with a step size."""
@@ -194,7 +214,7 @@ class RateLaw:
     @cached_property
     def _followed(self) -> tuple[float, EndPoint | None, str]:
         """Half-life, end point and why there is none."""
-        if why := self._no_path():
+        if why := self._no_path:
             return math.nan, None, why
         if self._rests:
             return math.inf, end_point(self.problem, self.limit), ""
@@ -212,6 +232,7 @@ class RateLaw:
     def _options(self) -> dict[str, Any]:
         return {"finite_step": self.theory == "finite_step", "decay": self.decay}
 
+    @cached_property
     def _no_path(self) -> str:
         """Why there is no path to follow, empty if there is one."""
         if not math.isfinite(self.imbalance_drift):
@@ -396,6 +417,7 @@ def prediction_notes(prediction: Prediction) -> list[str]:
 
 _slow_end = eqx.filter_jit(slow_end)
 _slow_point = eqx.filter_jit(slow_point)
+_slow_points = eqx.filter_jit(slow_points)
 _variance_rate = eqx.filter_jit(imbalance_variance_rate)
 
 _MISSING = "\u2013"
