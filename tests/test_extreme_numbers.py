@@ -221,3 +221,19 @@ def test_what_diverges_is_not_said_to_overflow(recwarn: pytest.WarningsRecorder)
     gf.simulate(problem, net, gf.GradientDescent(5.0), steps=50, replicas=4,
                 key=jax.random.key(0), keep="statistics")  # fmt: skip
     assert {w.category for w in recwarn} == {gf.DivergedWarning}
+
+
+@pytest.mark.parametrize("target", [1e50, 1e150])
+def test_a_target_far_beyond_the_start_is_no_divergence(target: float):
+    r"""$w_1 w_2 = T$ on white inputs: within $1 / T$ of the flow time the product is there."""
+    problem = gf.Problem(gf.Regression.whitened([[target]]))
+    run = gf.simulate(problem, gf.DeepLinear([[[1.0]], [[0.1]]]), gf.ExactFlow(), t1=1.0, save=2,
+                      observables=["end_to_end"])  # fmt: skip
+    assert not run.diverged
+    np.testing.assert_allclose(run["end_to_end"][-1], [[target]], rtol=1e-12)
+
+
+def test_a_slow_flow_takes_few_paths_at_once():
+    problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.5)])
+    run = gf.simulate(problem, SMALL, gf.SlowFlow(0.01), t1=0.1, save=2, replicas=5000)
+    assert run.attrs["chunk"] == 2500

@@ -4,7 +4,7 @@ import abc
 import enum
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import equinox as eqx
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.backend.products import in_groups, on_cpu, paths_together
 from gradflow.backend.types import Weights
+from gradflow.data import Regression
 from gradflow.network import widths_of
 from gradflow.problem import Problem
 from gradflow.random.streams import Source
@@ -131,8 +132,11 @@ class AbstractDynamics(eqx.Module):
 
     Marks are the dynamics' own clock: integers (steps of the grid) for a gridded dynamics, flow
     time for an adaptive one. `step_size` is the step size $h$ of the discrete training that the
-    dynamics is or describes; None if it has none.
+    dynamics is or describes; None if it has none. `most_paths` are taken at once at most, where one
+    step of more of them would keep Ctrl-C waiting; None for any number.
     """
+
+    most_paths: ClassVar[int | None] = None
 
     step_size: eqx.AbstractVar[Any]
 
@@ -187,9 +191,15 @@ def squared_norm(weights: Weights) -> Float[Array, " paths"]:
     return functools.reduce(jnp.add, [jnp.sum(w * w, axis=(0, 1)) for w in weights])
 
 
-def divergence_limit(weights: Weights) -> Float[Array, " paths"]:
-    """The squared norm at which each path counts as diverged."""
-    return DIVERGENCE_FACTOR * (1.0 + squared_norm(weights))
+def divergence_limit(weights: Weights, data: Regression) -> Float[Array, " paths"]:
+    r"""The squared norm at which each path counts as diverged.
+
+    Far beyond both its start and what fits the data: $10^{12} \max(1 + |W(0)|^2,
+    \mathrm{tr} S_{yy} / \mathrm{tr} S_{xx})$.
+    """
+    size = jnp.trace(data.sxx)
+    fitting = jnp.trace(data.syy) / jnp.where(size > 0.0, size, 1.0)
+    return DIVERGENCE_FACTOR * jnp.maximum(1.0 + squared_norm(weights), fitting)
 
 
 def is_alive(weights: Weights, limit: Float[Array, " paths"]) -> Bool[Array, " paths"]:

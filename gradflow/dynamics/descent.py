@@ -177,7 +177,7 @@ class GradientDescent(AbstractDynamics):
         shift = over_all_paths(None, weights) if problem.has_weight_shift else None
         memory = _Memory(velocity, optimizer, shift)
         whole = whole_turns(weights, memory)
-        return State(weights, memory, (), divergence_limit(weights), whole)
+        return State(weights, memory, (), divergence_limit(weights, problem.data), whole)
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """What one draw of the problem's regularizers takes, and the step size of a schedule."""

@@ -94,7 +94,7 @@ class ExactFlow(AbstractDynamics):
         memory = jax.tree.map(
             lambda *leaves: jnp.stack(leaves, axis=-1), *(prepared[id(start)] for start in starts)
         )
-        return State(weights, (form, memory), (), divergence_limit(weights))
+        return State(weights, (form, memory), (), divergence_limit(weights, problem.data))
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """None are needed."""

@@ -161,7 +161,7 @@ def _checked_stops(times: ArrayLike | Sequence[float]) -> Array:
 def _start(flow: AbstractOdeFlow, problem: Problem, weights: Weights) -> State:
     memory = (flow.auxiliary(problem, weights), SolverMemory.at_start(weights))
     progress = Progress.at_start(weights[0].shape[-1])
-    return State(weights, memory, (), divergence_limit(weights), progress=progress)
+    return State(weights, memory, (), divergence_limit(weights, problem.data), progress=progress)
 
 
 def _solved(adjoint: diffrax.AbstractAdjoint, given: tuple[Any, Problem, Any, Array]) -> Weights:

@@ -1,7 +1,7 @@
 """The slow flow: motion along the minima manifold in the regularization phase."""
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax
 import equinox as eqx
@@ -113,6 +113,8 @@ class SlowFlow(AbstractDynamics):
     **Raises:** `ValueError` or `TypeError` naming the argument that makes no sense.
     """
 
+    most_paths: ClassVar[int | None] = 4096
+
     step_size: Scalar
     finite_step: bool = eqx.field(static=True)
     momentum: Scalar | None
@@ -197,7 +199,11 @@ class SlowFlow(AbstractDynamics):
             SolverMemory.at_start(minima), anchor, cell, tuple(map(jnp.copy, minima)), start
         )
         return State(
-            minima, memory, (), divergence_limit(minima), progress=Progress.at_start(which.size)
+            minima,
+            memory,
+            (),
+            divergence_limit(minima, problem.data),
+            progress=Progress.at_start(which.size),
         )
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:

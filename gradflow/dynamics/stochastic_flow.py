@@ -178,7 +178,7 @@ class StochasticFlow(AbstractDynamics):
         # Steps of several stages written out would be a program that takes long to compile.
         euler = isinstance(self.solver, diffrax.Euler) or (self.solver is None and self.order == 1)
         whole = whole_turns(weights, ()) if euler else None
-        return State(weights, (), (), divergence_limit(weights), whole)
+        return State(weights, (), (), divergence_limit(weights, problem.data), whole)
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """What one grid step takes: normals of the factor and of Levy areas, or a draw."""

@@ -109,7 +109,9 @@ class SVAG(AbstractDynamics):
 
     def init(self, problem: Problem, weights: Weights) -> State:
         """Start at `weights`."""
-        return State(weights, (), (), divergence_limit(weights), whole_turns(weights, ()))
+        return State(
+            weights, (), (), divergence_limit(weights, problem.data), whole_turns(weights, ())
+        )
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """What the draws of one substep take."""

@@ -189,7 +189,7 @@ def simulate(
     shapes = dynamics.noise_shapes(problem, widths_of(layers))
     held = (*layers, *jax.tree.leaves(shapes))
     check_room((*held, *_rows_of_a_step(problem)), jax.local_devices())
-    size = min(total, _fitting(held, total) if chunk is None else chunk)
+    size = min(total, _fitting(held, total, dynamics.most_paths) if chunk is None else chunk)
     size += size % 2 if paired else 0  # statistics need both replicas of a pair at once
 
     report = _reporter(progress, type(dynamics).__name__)
@@ -367,10 +367,10 @@ def _warn_of_overflow(dataset: xr.Dataset, chosen: Sequence[Observable]) -> None
             )
 
 
-def _fitting(arrays: Sequence[Any], total: int) -> int:
+def _fitting(arrays: Sequence[Any], total: int, most_paths: int | None) -> int:
     """How many paths, of such arrays each, are held at once, in chunks of about equal size."""
     held = sum(x.size * x.dtype.itemsize for x in arrays)
-    most = paths_at_once(held, jax.local_devices())
+    most = min(paths_at_once(held, jax.local_devices()), most_paths or total)
     return -(-total // -(-total // most))
 
 
