@@ -273,6 +273,9 @@ def test_weak_noise_is_not_taken_for_none(std: float):
     compounded = -math.log1p(-0.1 * rate * 2.0 / (2.0 - 0.425)) / 0.1
     assert found.imbalance_rate == pytest.approx(compounded, rel=1e-9)
     assert found.leading_half_life == pytest.approx(math.log(2.0) / rate, rel=1e-6)
+    times = np.array([0.0, 0.3, 1.0, 2.0]) / rate
+    along = found.leading_order.imbalances(times)
+    np.testing.assert_allclose(along, 3.75 * np.exp(-rate * times), rtol=1e-7)
 
 
 def test_oscillations_at_the_edge_of_stability_are_no_saddle():

@@ -183,7 +183,7 @@ class RateLaw:
             net = DeepLinear(weights)
         return SlowPoint(when, self._steps(when), float(imbalance(net)), net)
 
-    def imbalances(self, times: Sequence[float]) -> Float[np.ndarray, " time"]:
+    def imbalances(self, times: Sequence[float] | np.ndarray) -> Float[np.ndarray, " time"]:
         """The imbalance of the slow flow at ascending flow times, followed once.
 
         **Raises:** `ValueError` as `at` does.
