@@ -82,7 +82,7 @@ def noise_free_run(
                 store_weights=True,
                 progress=False,
             )
-        excess, last = run["excess_loss"], run.network(-1)
+        excess = run["excess_loss"]
         if not np.all(np.isfinite(excess)):
             raise ValueError(
                 f"dynamics: noise-free training from this start diverges at t = {length:.3g}; use "
@@ -90,6 +90,7 @@ def noise_free_run(
             )
         if excess[-1] <= CONVERGED * max(excess[0], CONVERGED):
             return run
+        last = run.network(-1)
         if h and length >= MOST_STEPS * h:
             break
         length *= 4.0
