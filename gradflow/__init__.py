@@ -1,4 +1,4 @@
-"""gradflow: the reference paired_runs for the training dynamics of deep linear networks.
+"""gradflow: the reference laboratory for the training dynamics of deep linear networks.
 
 The front door is `__init__.pyi`: names are imported when they are first used, so that
 `gradflow --help` does not wait for JAX.

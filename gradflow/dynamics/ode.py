@@ -40,7 +40,7 @@ from gradflow.solvers.gauss_legendre import GaussLegendre
 
 
 class AbstractOdeFlow(AbstractDynamics):
-    """A dynamics that is an ordinary differential equation of the weights and auxiliary of theirs.
+    """A dynamics that is an ordinary differential equation of the weights and auxiliary variables.
 
     `solver` integrates it to the relative and absolute tolerance `rtol` and `atol`.
     """
@@ -55,7 +55,7 @@ class AbstractOdeFlow(AbstractDynamics):
 
     @abc.abstractmethod
     def field(self, t: Any, state: tuple[Weights, ...], problem: Problem) -> tuple[Weights, ...]:
-        """The time derivatives of the weights and their auxiliary, of one path."""
+        """The time derivatives of the weights and their auxiliary variables, of one path."""
 
     @property
     def ticks_per_step(self) -> None:
