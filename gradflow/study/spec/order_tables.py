@@ -82,7 +82,7 @@ class OrdersSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _give_step_size(cls, table: Any) -> Any:
-        """Both dynamics get the first step size; the paired_runs goes through all of them.
+        """Both dynamics get the first step size; the measurement goes through all of them.
 
         Where that is not one, they get a placeholder: what is wrong with it is said once.
         """
