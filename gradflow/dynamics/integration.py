@@ -50,7 +50,7 @@ BACKWARD = diffrax.RecursiveCheckpointAdjoint(CHECKPOINTS)
 MANY = 1000
 """Size of the state from which on its layers are kept apart: putting them together costs more."""
 
-OVERFLOWING = 1.0 / 3.0
+OVERFLOWS = 1.0 / 3.0
 """Power of the largest float: from such numbers in a state on any step would overflow."""
 
 VectorField: TypeAlias = Callable[[Any, Any, Problem], Any]
@@ -156,7 +156,7 @@ def advance_a_little(
     def explodes(state: Any, time: Array, memory: SolverMemory) -> Array:
         velocity, size = largest(field(time, state, problem)), largest(state)
         changes = ~(velocity * memory.planned <= RUNAWAY * size)
-        overflows = ~jnp.isfinite(velocity) | (size > float(jnp.finfo(size.dtype).max) ** OVERFLOWING)
+        overflows = ~jnp.isfinite(velocity) | (size > float(jnp.finfo(size.dtype).max) ** OVERFLOWS)
         return overflows | (changes & ~(size <= memory.size))
 
     collapsed = moves & (solved.failed | (memory.short >= SHORT_STEPS))
