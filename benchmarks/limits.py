@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gradflow.backend.compiled import LONG
 from gradflow.backend.products import on_cpu
 from gradflow.dynamics.base import ACCELERATOR_BYTES, ACCELERATOR_STEPS
 from gradflow.random.streams import Stream
-from gradflow.simulation.slices import COMPILER
 
 CACHE = 2**21
 """Bytes of noise drawn at once on CPUs."""
@@ -54,7 +54,7 @@ def noise_alone(shape: tuple[int, ...], paths: int) -> Callable[[int], jax.Array
     numbers = over_devices(jnp.arange(paths, dtype=jnp.uint32))
     key = jax.random.key_data(jax.random.key(0))
 
-    @partial(jax.jit, compiler_options=COMPILER)
+    @partial(jax.jit, compiler_options=LONG)
     def total(blocks: jax.Array, numbers: jax.Array) -> jax.Array:
         def one(b: jax.Array, total: jax.Array) -> jax.Array:
             stream = Stream(key, b * block + jnp.arange(block), numbers).substream(0)

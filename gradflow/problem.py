@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.data import Regression
 from gradflow.data.roots import inverse_root, matrix_root
@@ -95,10 +96,8 @@ class Problem(eqx.Module):
         self.regularizers = tuple(regularizers)
         values, vectors = data.sxx_eigenvalues, data.sxx_eigenvectors
         noisy = values + self.input_variance
-        self.root = matrix_root(data.sxx, values, vectors)
-        self.inverse_root = inverse_root(data.sxx, values, vectors)
-        self.noisy_root = matrix_root(self.input_moment, noisy, vectors)
-        self.noisy_inverse_root = inverse_root(self.input_moment, noisy, vectors)
+        self.root, self.inverse_root = _roots(data.sxx, values, vectors)
+        self.noisy_root, self.noisy_inverse_root = _roots(self.input_moment, noisy, vectors)
 
     @property
     def is_stochastic(self) -> bool:
@@ -282,3 +281,11 @@ class Problem(eqx.Module):
     def add_penalties(self, gradient: Weights, weights: Weights) -> Weights:
         """The gradient plus the gradients of all penalties."""
         return add_penalties(gradient, weights, self.regularizers)
+
+
+@compiled
+def _roots(
+    moment: Float[Array, "d_0 d_0"], values: Float[Array, " d_0"], vectors: Float[Array, "d_0 d_0"]
+) -> tuple[Float[Array, "d_0 d_0"], Float[Array, "d_0 d_0"]]:
+    """The root of a second moment with the given eigenpairs, and its inverse."""
+    return matrix_root(moment, values, vectors), inverse_root(moment, values, vectors)

@@ -2,13 +2,13 @@
 
 from weakref import WeakKeyDictionary
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jaxtyping import Array
 
 from gradflow.analysis.unmeasured import Unmeasured
+from gradflow.backend.compiled import compiled
 from gradflow.backend.products import in_groups
 from gradflow.backend.types import Weights
 from gradflow.dynamics.base import AbstractDynamics
@@ -68,7 +68,7 @@ def _of_weights(trajectory: Trajectory, observable: Observable) -> xr.DataArray:
     )
 
 
-@eqx.filter_jit
+@compiled
 def _observed(
     observable: Observable,
     weights: Weights,

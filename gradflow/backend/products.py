@@ -126,6 +126,7 @@ def in_groups(function: Callable[[Any], Any], arrays: Any, size: int) -> Any:
     paths = jax.tree.leaves(arrays)[0].shape[-1]
     if size >= paths:
         return function(arrays)
+    of_group = jax.jit(function)  # traced once, for its shapes and for the loop
 
     def part(first: Array) -> Any:
         return jax.tree.map(
@@ -137,10 +138,10 @@ def in_groups(function: Callable[[Any], Any], arrays: Any, size: int) -> Any:
         return jax.tree.map(
             lambda whole, own: jax.lax.dynamic_update_slice_in_dim(whole, own, first, axis=-1),
             done,
-            function(part(first)),
+            of_group(part(first)),
         )
 
-    shapes = jax.eval_shape(function, part(jnp.zeros((), int)))
+    shapes = jax.eval_shape(of_group, part(jnp.zeros((), int)))
     start = jax.tree.map(lambda s: jnp.zeros((*s.shape[:-1], paths), s.dtype), shapes)
     return jax.lax.fori_loop(0, -(-paths // size), one, start)
 

@@ -38,3 +38,8 @@ def float_of(number: Any) -> float:
         return float(number)
     except OverflowError:
         return float("inf") if number > 0 else -float("inf")
+
+
+def inside_transformation(*values: Any) -> bool:
+    """Whether JAX is tracing: any array in the pytrees, or the program that calls."""
+    return is_traced(*values) or isinstance(jax.device_put(0.0), Tracer)

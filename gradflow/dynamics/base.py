@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.products import in_groups, on_cpu, paths_together
 from gradflow.backend.types import Weights
 from gradflow.data import Regression
@@ -191,6 +192,7 @@ def squared_norm(weights: Weights) -> Float[Array, " paths"]:
     return functools.reduce(jnp.add, [jnp.sum(w * w, axis=(0, 1)) for w in weights])
 
 
+@compiled
 def divergence_limit(weights: Weights, data: Regression) -> Float[Array, " paths"]:
     r"""The squared norm at which each path counts as diverged.
 

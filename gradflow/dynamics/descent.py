@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Scalar, Weights
 from gradflow.checks import (
     Decay,
@@ -338,7 +339,7 @@ class _Memory(eqx.Module):
 # Schedules and optimizers
 
 
-@eqx.filter_jit
+@compiled
 def scheduled_step_sizes(
     schedule: Callable[[Any], Any], steps: Int[Array, " steps"]
 ) -> Float[Array, " steps"]:

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 from jaxtyping import ArrayLike
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Scalar, Weights
 from gradflow.checks import (
     Decay,
@@ -121,7 +122,7 @@ class HeavyBallFlow(AbstractOdeFlow):
         return velocity, tuple(f / self.mass for f in force)
 
 
-@eqx.filter_jit
+@compiled
 def _initial_velocity(dynamics: HeavyBallFlow, problem: Problem, weights: Weights) -> Weights:
     """The velocities that displace the weights as the first steps of the descent do."""
     h, beta = dynamics.step_size, dynamics.momentum

@@ -13,6 +13,7 @@ import numpy as np
 import optimistix
 from jaxtyping import Array, ArrayLike
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.tracing import as_floats, is_traced
 from gradflow.backend.types import Scalar, Weights
 from gradflow.checks import as_parameter
@@ -157,7 +158,7 @@ def _checked_stops(times: ArrayLike | Sequence[float]) -> Array:
     return stops
 
 
-@eqx.filter_jit
+@compiled
 def _start(flow: AbstractOdeFlow, problem: Problem, weights: Weights) -> State:
     memory = (flow.auxiliary(problem, weights), SolverMemory.at_start(weights))
     progress = Progress.at_start(weights[0].shape[-1])

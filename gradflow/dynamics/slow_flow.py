@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.tracing import is_traced
 from gradflow.backend.types import Scalar, Weights
 from gradflow.checks import (
@@ -407,7 +408,7 @@ class SlowFlow(AbstractDynamics):
         return tuple(w[..., 0] for w in alive), low
 
 
-@eqx.filter_jit
+@compiled
 def _cell(dynamics: SlowFlow, problem: Problem, minimum: Weights) -> Scalar:
     """The length of a cell: as asked for, or `CELL` of the shortest time scale at the start."""
     if dynamics.cell is not None:
@@ -421,19 +422,19 @@ def _cell(dynamics: SlowFlow, problem: Problem, minimum: Weights) -> Scalar:
     return CELL / jnp.max(jnp.stack(rates))
 
 
-@eqx.filter_jit
+@compiled
 def _top_curvature(problem: Problem, minimum: Weights) -> Scalar:
     return minima_sharpness(minimum, output_loss(problem).root)
 
 
-@eqx.filter_jit
+@compiled
 def _is_stable(dynamics: SlowFlow, problem: Problem, minimum: Weights, step_size: Scalar) -> Array:
     """Whether the slow flow has a velocity at a minimum."""
     at = eqx.tree_at(lambda d: d.step_size, dynamics, step_size)
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in at.velocity(problem, minimum)]))
 
 
-@eqx.filter_jit
+@compiled
 def _followed(
     dynamics: SlowFlow, problem: Problem, weights: Weights, start: Array, stop: Array
 ) -> Weights:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Scalar, Weights
 from gradflow.checks import MOST_COUNTED, checked_count, checked_step_size
 from gradflow.dynamics.base import (
@@ -339,7 +340,7 @@ def _check_white(problem: Problem) -> None:
         )
 
 
-@eqx.filter_jit
+@compiled
 def _curvature_bound(problem: Problem, weights: Weights) -> Scalar:
     r"""The Hessian trace with noisy inputs plus the curvature of the penalties along the weights.
 

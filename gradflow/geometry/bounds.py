@@ -17,12 +17,12 @@ hidden layers are at least as wide as the rank of $T S^{1/2}$.
 from collections.abc import Sequence
 from typing import TypeGuard
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.tracing import is_traced
 from gradflow.backend.types import EndToEnd, Scalar
 from gradflow.checks import check_fit
@@ -118,7 +118,7 @@ def least_sharpness(loss: OutputLoss, depth: int) -> tuple[Scalar, Scalar]:
     return jnp.where(zero, 0.0, value), jnp.where(zero, 1.0, t)
 
 
-_least_sharpness = eqx.filter_jit(least_sharpness)
+_least_sharpness = compiled(least_sharpness)
 
 
 def trace_bound(data: Regression | Problem, widths: Sequence[int]) -> Scalar:

@@ -9,13 +9,13 @@ commutes with its $G_i$.
 from collections.abc import Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.geometry.base import check_network
 from gradflow.geometry.imbalance import gram_differences
@@ -71,7 +71,7 @@ def network_at(near: DeepLinear, p: Any, g: Sequence[Any]) -> DeepLinear:
     return DeepLinear(weights)
 
 
-@eqx.filter_jit
+@compiled
 def _solve(weights: Weights, target: Coordinates) -> tuple[Weights, Scalar]:
     """The solution, and the relative error of its coordinates."""
     parameters = sum(w.size for w in weights)

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 from matfree import decomp
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Scalar, Weights
 from gradflow.data import Regression
 from gradflow.geometry.base import as_problem, check_data, check_network
@@ -117,7 +118,7 @@ def sharpness(net: DeepLinear, data: Regression | Problem) -> Scalar:
     return _sharpness(net, data)
 
 
-@eqx.filter_jit  # operation by operation, the products take seconds for every new shape
+@compiled  # operation by operation, the products take seconds for every new shape
 def _sharpness(net: DeepLinear, data: Regression | Problem) -> Scalar:
     data = as_problem(net, data)
     if net.num_parameters <= DENSE_SIZE:
@@ -152,7 +153,7 @@ def extreme_eigenvalues(
     return _extreme_eigenvalues(net, data, k)
 
 
-@eqx.filter_jit
+@compiled
 def _extreme_eigenvalues(net: DeepLinear, data: Regression | Problem, k: int) -> ExtremeEigenvalues:
     data = as_problem(net, data)
     if net.num_parameters <= DENSE_SIZE:
@@ -382,6 +383,7 @@ def _square_root(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     return (vectors * jnp.sqrt(jnp.clip(values, min=0.0))) @ vectors.T
 
 
+@compiled
 def smallest_positive(values: Float[Array, " k"]) -> Scalar:
     """The smallest entry above rounding level of the largest; the largest if all are zero."""
     top = jnp.max(values)

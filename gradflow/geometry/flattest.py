@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, SupportsIndex, TypeAlias, get_args
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Weights
 from gradflow.checks import check_fit
 from gradflow.data import Regression
@@ -41,7 +41,7 @@ Flatness: TypeAlias = Literal["sharpness", "trace"]
 
 Matrix: TypeAlias = Float[np.ndarray, "_ _"]
 
-_least_sharpness = eqx.filter_jit(least_sharpness)
+_least_sharpness = compiled(least_sharpness)
 
 MOST_SWEEPS = 500
 """Sweeps over the hidden layers in which a network is rotated towards another."""
@@ -197,7 +197,7 @@ def flatness_gap(
     return FlatnessGap(value, ratio, value - least, distance, flattest)
 
 
-@eqx.filter_jit
+@compiled
 def _nearby_minimum(
     net: DeepLinear, loss: OutputLoss
 ) -> tuple[DeepLinear, Bool[Array, ""], Float[Array, "outputs outputs"]]:

@@ -5,6 +5,7 @@ import itertools
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.products import product
 from gradflow.backend.types import Scalar, Weights
 from gradflow.geometry.base import check_network
@@ -24,7 +25,7 @@ def balancedness(net: DeepLinear) -> list[Float[Array, "_ _"]]:
 def squared_norms(net: DeepLinear) -> Float[Array, " depth"]:
     r"""The squared Frobenius norms $(|W_1|^2, ..., |W_N|^2)$, `(N,)`."""
     check_network(net)
-    return jnp.stack([jnp.sum(w * w) for w in net.weights])
+    return _squared_norms(net.weights)
 
 
 def imbalance(net: DeepLinear) -> Scalar:
@@ -32,8 +33,8 @@ def imbalance(net: DeepLinear) -> Scalar:
 
     In units of squared weights; 0 at depth 1.
     """
-    norms = squared_norms(net)
-    return jnp.max(norms) - jnp.min(norms)
+    check_network(net)
+    return _imbalance(net.weights)
 
 
 def gram_differences(layers: Weights) -> list[Float[Array, "_ _"]]:
@@ -45,3 +46,14 @@ def gram_differences(layers: Weights) -> list[Float[Array, "_ _"]]:
         product(above, above, (0, 0)) - product(below, below, (1, 1))
         for below, above in itertools.pairwise(layers)
     ]
+
+
+@compiled
+def _squared_norms(weights: Weights) -> Float[Array, " depth"]:
+    return jnp.stack([jnp.sum(w * w) for w in weights])
+
+
+@compiled
+def _imbalance(weights: Weights) -> Scalar:
+    norms = _squared_norms(weights)
+    return jnp.max(norms) - jnp.min(norms)

@@ -24,13 +24,13 @@ $$\mathrm{rank}\, \tilde J = s\, a_0 + \sum_{i=1}^N (a_i - a_{i-1})\, b_i,$$
 
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.data import Regression
 from gradflow.geometry.base import OutputLoss, as_problem, check_double, output_loss
@@ -297,7 +297,7 @@ _TINY = float(np.finfo(np.float32).tiny)
 _PseudoInverse = Callable[[EndToEnd], Weights]
 
 
-@eqx.filter_jit
+@compiled
 def _nearest(weights: Weights, loss: OutputLoss) -> tuple[Weights, Scalar]:
     """The nearest minimum and the slope of the distance there (0 where the distance is)."""
 

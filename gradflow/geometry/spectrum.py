@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from matfree import decomp
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Scalar
 from gradflow.data import Regression
 from gradflow.geometry.base import as_problem
@@ -84,12 +85,12 @@ def hessian_spectrum(net: DeepLinear, data: Regression | Problem) -> Float[Array
     return _dense_spectrum(net, data)
 
 
-@eqx.filter_jit
+@compiled
 def _dense_spectrum(net: DeepLinear, data: Regression | Problem) -> Float[Array, " parameters"]:
     return jnp.linalg.eigvalsh(dense_hessian(net, data))
 
 
-@eqx.filter_jit
+@compiled
 def spectral_density(
     net: DeepLinear,
     data: Regression | Problem,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.products import product
 from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.data import Regression
@@ -29,6 +30,7 @@ def input_variance(regularizers: Sequence[AbstractRegularizer]) -> Scalar:
     )
 
 
+@compiled
 def input_moment(
     data: Regression, regularizers: Sequence[AbstractRegularizer]
 ) -> Float[Array, "d_in d_in"]:

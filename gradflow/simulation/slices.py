@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Num, UInt32
 
+from gradflow.backend.compiled import LONG, compiled
 from gradflow.backend.devices import Devices, along_last
 from gradflow.backend.products import in_groups, paths_together
 from gradflow.backend.types import Weights
@@ -34,11 +36,6 @@ FIRST_STEPS = 16
 
 MOST_ROWS = 256
 """Most saved times of a slice."""
-
-COMPILER = {"xla_cpu_prefer_vector_width": 512}
-"""A loop over random numbers has words of 32 and of 64 bits, and as many lanes as fit of the wider:
-with XLA's 256 bits half of each vector of narrow ones is empty. Processors without such vectors
-take two."""
 
 ROW_BYTES = 2**21
 """Memory for the saved times of a slice; a single one is saved whatever it takes."""
@@ -115,8 +112,8 @@ class Runner:
                 rate = sizer.message(width) if self._gridded else f"t = {reached:.3g}"
                 self._report(float(share / record.total), 1.0, rate)
         record.paths = paths.stop
-        lost = np.flatnonzero(~np.isfinite(state.weights[0][0, 0])[:width])
         if isinstance(dynamics, SlowFlow) and state.progress is not None:
+            lost = np.flatnonzero(~np.isfinite(state.weights[0][0, 0])[:width])
             lost = lost[np.asarray(state.progress.end)[lost] == End.DIVERGED]
             if lost.size and record.end is None:
                 record.end = dynamics.why_ended(problem, state, int(lost[0]), save_positions[-1])
@@ -186,9 +183,7 @@ class Ensemble(eqx.Module):
         return Saved(observed, weights if self.keep_weights else (), alive)
 
 
-@eqx.filter_jit(  # pyright: ignore[reportCallIssue]
-    donate="all-except-first", compiler_options=COMPILER
-)
+@partial(compiled, options=LONG, donate="all-except-first")
 def _run_slice(
     fixed: tuple[Ensemble, Any, Any, Any], moved: tuple[State, Any]
 ) -> tuple[State, Saved, Array]:

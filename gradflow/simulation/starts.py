@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.tracing import float_of
 from gradflow.backend.types import Weights
 from gradflow.checks import check_fit, is_count
@@ -88,7 +88,7 @@ def check_norms(weights: Weights) -> None:
         )
 
 
-@eqx.filter_jit
+@compiled
 def _penalty_at(penalty: AbstractPenalty, weights: Weights) -> tuple[Array, Weights]:
     """The value and the gradient of a penalty on every path."""
     return jax.vmap(lambda w: (penalty.penalty(w), penalty.penalty_gradient(w)), -1, -1)(weights)

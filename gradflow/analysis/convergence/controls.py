@@ -2,7 +2,6 @@
 
 import math
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 from numpy.polynomial import legendre
 
 from gradflow.analysis.convergence.coupling import BrownianGrid
+from gradflow.backend.compiled import compiled
 from gradflow.problem import Problem
 from gradflow.random.streams import Stream
 
@@ -111,7 +111,7 @@ def controlled_mean(
     return offset + coefficients[0], np.sqrt(gram[0, 0] * variance)
 
 
-@eqx.filter_jit
+@compiled
 def _functionals(
     problem: Problem,
     key: PRNGKeyArray,

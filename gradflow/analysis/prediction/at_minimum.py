@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Scalar, Weights
 from gradflow.dynamics import SlowFlow
 from gradflow.geometry.base import output_loss
@@ -22,7 +23,7 @@ from gradflow.theory.spread import fluctuation_share, is_skewed
 from gradflow.theory.stationary import largest_step_size, stationary_covariance
 
 
-@eqx.filter_jit
+@compiled
 def landed(weights: Weights, problem: Problem) -> Weights:
     """The minimum to rounding, where a converged run is close to one."""
     loss = output_loss(problem)
@@ -49,7 +50,7 @@ class AtMinimum(eqx.Module):
     largest_step_size: Scalar
 
 
-@eqx.filter_jit
+@compiled
 def at_minimum(
     problem: Problem,
     weights: Weights,

@@ -1,9 +1,9 @@
 """The optimization phase by itself: a run without noise and penalties, until it has converged."""
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from gradflow.backend.compiled import compiled
 from gradflow.dynamics import GradientDescent, GradientFlow
 from gradflow.geometry.curvature import minima_spectrum, sharpness, smallest_positive
 from gradflow.network import DeepLinear
@@ -32,7 +32,7 @@ PATH_BYTES = 2**27
 MOST_STEPS = 4_000_000
 """Steps of gradient descent after which a noise-free run is given up."""
 
-nonzero_spectrum = eqx.filter_jit(minima_spectrum)
+nonzero_spectrum = compiled(minima_spectrum)
 
 
 def _output_gradient_norm(net: DeepLinear, problem: Problem):

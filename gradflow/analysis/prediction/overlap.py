@@ -1,12 +1,14 @@
 r"""How far the two phases overlap: what noise does to the imbalance while the residual decays."""
 
-import equinox as eqx
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from gradflow.analysis.prediction.noise_free_run import MOST_POINTS
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Weights
 from gradflow.geometry.imbalance import squared_norms
 from gradflow.network import DeepLinear
@@ -45,19 +47,25 @@ def overlap(
         return 0.0
     # Runs of all lengths share one program: the end of a short one is repeated.
     shown = np.minimum(np.arange(MOST_POINTS), path.time.size - 1)
-    along = tuple(jnp.asarray(w[shown]) for w in path.weights)
+    along = tuple(np.asarray(w)[shown] for w in path.weights)
     rates = _norm_rates(noisy, along, limit.weights)
     norms = np.asarray(squared_norms(limit))
     excess = rates[:, np.argmax(norms)] - rates[:, np.argmin(norms)]
     return float(step_size / (1.0 - momentum) ** 2 * np.trapezoid(excess, path.time[shown]))
 
 
-def _norm_rates(problem: Problem, path: Weights, end: Weights) -> Float[np.ndarray, "time depth"]:
+def _norm_rates(
+    problem: Problem, path: Sequence[np.ndarray], end: Weights
+) -> Float[np.ndarray, "time depth"]:
     """Growth of the squared norms by noise beyond that at the end, over h."""
-    return np.asarray(_rates(problem, path) - _rates(problem, tuple(w[None] for w in end)))
+    with_end = [
+        np.concatenate([along, np.asarray(w)[None]]) for along, w in zip(path, end, strict=True)
+    ]
+    rates = np.asarray(_rates(problem, tuple(map(jnp.asarray, with_end))))
+    return rates[:-1] - rates[-1]
 
 
-@eqx.filter_jit
+@compiled
 def _rates(problem: Problem, path: Weights) -> Float[Array, "time depth"]:
     """Growth of the squared norms by noise, over h and up to what all layers share."""
 

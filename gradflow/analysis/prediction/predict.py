@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
@@ -14,6 +13,7 @@ from gradflow.analysis.prediction.edge import beyond_the_edge, optimization_rate
 from gradflow.analysis.prediction.noise_free_run import noise_free_run, nonzero_spectrum
 from gradflow.analysis.prediction.overlap import overlap
 from gradflow.analysis.prediction.rate_laws import Prediction, RateLaw, Theory, rounded_speed
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Scalar
 from gradflow.checks import Decay, is_number
 from gradflow.data import Regression
@@ -398,7 +398,7 @@ def _summary(
     )
 
 
-_imbalance_drift = eqx.filter_jit(imbalance_drift)
+_imbalance_drift = compiled(imbalance_drift)
 
 
 def _exact_drift(

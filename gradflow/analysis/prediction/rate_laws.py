@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from gradflow.analysis.prediction.end_point import EndPoint, end_point
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Weights
 from gradflow.checks import Decay, is_number
 from gradflow.dynamics.slow_flow import SlowFlow
@@ -415,15 +415,15 @@ def prediction_notes(prediction: Prediction) -> list[str]:
     return [text for text in dict.fromkeys(texts) if text]
 
 
-_slow_end = eqx.filter_jit(slow_end)
-_slow_point = eqx.filter_jit(slow_point)
-_slow_points = eqx.filter_jit(slow_points)
-_variance_rate = eqx.filter_jit(imbalance_variance_rate)
+_slow_end = compiled(slow_end)
+_slow_point = compiled(slow_point)
+_slow_points = compiled(slow_points)
+_variance_rate = compiled(imbalance_variance_rate)
 
 _MISSING = "\u2013"
 
 
-@eqx.filter_jit
+@compiled
 def _rests(flow: SlowFlow, problem: Problem, weights: Weights) -> Bool[Array, ""]:
     """Whether what a slow flow does at a minimum is rounding: its drift and its noise.
 

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Scalar, Weights
 from gradflow.geometry import sharpness
 from gradflow.network import DeepLinear
@@ -126,7 +126,7 @@ def stability_limit(problem: Problem, net: DeepLinear, fraction: float = 0.5) ->
     )
 
 
-@eqx.filter_jit
+@compiled
 def _path_sharpness(problem: Problem, weights: Weights, step_size: Scalar) -> Scalar:
     """The largest eigenvalue of the Hessian along a descent."""
     start, unravel = ravel_pytree(weights)
