@@ -42,6 +42,11 @@ CPU_STEPS = 2
 MAX_STEPS = 100_000_000
 """Solver steps of a path before it is given up as incomplete."""
 
+HANDOVER = 250_000
+"""Solver steps of a path after which the successor of its dynamics goes on. An explicit solver that
+has taken so many is at the edge of its stability and follows something slow; a flow that moves at
+the rate of its largest curvature is at rest long before."""
+
 ACCELERATOR_STEPS = 16
 """Steps of scalar networks written out one after the other on an accelerator: they become one
 kernel. With a kernel and a turn of a loop for each, 10^5 paths take 13 us a step on an H100, with
@@ -140,6 +145,14 @@ class AbstractDynamics(eqx.Module):
     most_paths: ClassVar[int | None] = None
 
     step_size: eqx.AbstractVar[Any]
+
+    @property
+    def successor(self) -> "AbstractDynamics | None":
+        """The dynamics that goes on with a path after `HANDOVER` steps; None for itself.
+
+        It takes the state as it is.
+        """
+        return None
 
     @property
     @abc.abstractmethod

@@ -34,9 +34,10 @@ class GradientFlow(AbstractOdeFlow):
         Explicit solvers keep it to about `rtol` only, in a fraction of the time. With weight decay
         or other penalties $G_i$ moves, and is as accurate as the weights.
 
-    A run may be of any length: a path that has come to rest stays there. One that cannot go on,
-    because its step size collapses (at the kink of a penalty) or after 10^8 steps, is reported as
-    incomplete.
+    A run may be of any length: a path that has come to rest stays there, and after 250,000 steps of
+    the explicit default `simulate` goes on with the implicit one, which follows slow drifts in
+    steps of their own length. A path that cannot go on, because its step size collapses (at the
+    kink of a penalty) or after 10^8 steps of a solver that was chosen, is reported as incomplete.
     """
 
     rtol: Scalar
@@ -65,6 +66,11 @@ class GradientFlow(AbstractOdeFlow):
         self.stiff = stiff
         self.conservative = conservative
         self.step_size = None
+
+    @property
+    def has_default_solver(self) -> bool:
+        """Whether it is the explicit one."""
+        return isinstance(self.solver, Switching)
 
     def check(self, problem: Problem, weights: Weights) -> None:
         """Nothing to check beforehand."""

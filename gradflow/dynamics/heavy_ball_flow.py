@@ -97,6 +97,11 @@ class HeavyBallFlow(AbstractOdeFlow):
         r"""$m = (1 + \beta)\, h / 2$."""
         return 0.5 * (1.0 + self.momentum) * self.step_size
 
+    @property
+    def has_default_solver(self) -> bool:
+        """Whether it is the explicit one."""
+        return isinstance(self.solver, DormandPrince853)
+
     def check(self, problem: Problem, weights: Weights) -> None:
         """Raise a `ValueError` if the velocity does not fit the network."""
         check_velocity("HeavyBallFlow", self.velocity, weights)

@@ -83,6 +83,11 @@ class ModifiedFlow(AbstractOdeFlow):
         self.solver = chosen_solver("ModifiedFlow", solver, stiff)
         self.stiff = stiff
 
+    @property
+    def has_default_solver(self) -> bool:
+        """Whether it is the explicit one."""
+        return isinstance(self.solver, diffrax.Dopri8)
+
     def check(self, problem: Problem, weights: Weights) -> None:
         """Raise a `ValueError` for order 3 with batches that visit every row once an epoch."""
         if self.order > 2 and is_reshuffled(problem):

@@ -59,6 +59,18 @@ class AbstractOdeFlow(AbstractDynamics):
         """The time derivatives of the weights and their auxiliary variables, of one path."""
 
     @property
+    def has_default_solver(self) -> bool:
+        """Whether the solver is an explicit one that nobody asked for."""
+        return False
+
+    @property
+    def successor(self) -> "AbstractOdeFlow | None":
+        """The same flow with the implicit default solver, where the explicit one is a default."""
+        if not self.has_default_solver:
+            return None
+        return eqx.tree_at(lambda flow: flow.solver, self, GaussLegendre(order=6))
+
+    @property
     def ticks_per_step(self) -> None:
         """None: its steps are adaptive."""
         return None

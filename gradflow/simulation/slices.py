@@ -15,7 +15,14 @@ from gradflow.backend.compiled import LONG, compiled
 from gradflow.backend.devices import Devices, along_last
 from gradflow.backend.products import in_groups, paths_together
 from gradflow.backend.types import Weights
-from gradflow.dynamics.base import AbstractDynamics, End, State, block_length, initial_state
+from gradflow.dynamics.base import (
+    HANDOVER,
+    AbstractDynamics,
+    End,
+    State,
+    block_length,
+    initial_state,
+)
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.network import widths_of
 from gradflow.observables import Observable, observe
@@ -60,13 +67,13 @@ class Runner:
         self._gridded = plan.save_positions.dtype.kind == "i"
         self._report = report
         self._sizer: SliceSizer | None = None
-        self._steps = SliceSizer(FIRST_STEPS)
+        self._steps = [SliceSizer(FIRST_STEPS), SliceSizer(FIRST_STEPS)]  # of the two stints
         self._record = record
         self._shapes = shapes
 
     def run(self, weights: Weights, paths: slice, key: Any, normals: Normals | None) -> None:
         """Record some paths; `weights` may have more, which the devices take to equal parts."""
-        problem, dynamics, observables, keep_weights = self._moving
+        problem, dynamics = self._moving[:2]
         save_positions, record = self._save_positions, self._record
         size, width = weights[0].shape[-1], paths.stop - paths.start
         devices = Devices.sharing(size)
@@ -75,20 +82,19 @@ class Runner:
         layout = state_layout(state)
         key, numbers = jax.device_put((key, paths.start + np.arange(size, dtype=np.uint32)))
         source = Source(key, devices.placed(numbers, along_last(1)), normals)
-        ensemble = Ensemble(
-            dynamics, problem, source, observables, keep_weights, block, devices, layout
-        )
+        stints = self._stints(source, block, devices, layout)
         sizer = self._sizer = self._sizer or SliceSizer(block if self._gridded else 1)
-        steps = self._steps
+        stint, taken = 0, np.zeros(size, np.int32)
         state = devices.placed(state, layout)
         rows = _Rows(size)
         position, times = save_positions.dtype.type(0), 0
         while times < save_positions.size:
             ends, count = self._following(position, times, sizer.amount)
+            steps = self._steps[stint]
             limits = ends, np.asarray(count), np.asarray(steps.amount)
             began = time.monotonic()
             state, some, saved = jax.block_until_ready(
-                _run_slice((ensemble, *limits), (state, rows.ahead))
+                _run_slice((stints[stint], *limits), (state, rows.ahead))
             )
             rows.take(some, np.asarray(saved))
             done = rows.complete
@@ -101,7 +107,10 @@ class Runner:
             if state.progress is not None:
                 progress = jax.tree.map(lambda x: np.asarray(x)[:width], state.progress)
                 record.ends(paths, progress.time, progress.end)
-                steps.learn(steps.amount - int(progress.allowed.min()), seconds)
+                before, taken = taken, np.array(state.progress.steps)  # its memory is given away
+                steps.learn(int(np.max(taken - before)), seconds)
+                if len(stints) > 1:
+                    stint = _next_stint(stint, taken, np.asarray(state.progress.end))
                 going = progress.time[progress.end == End.NONE]
                 reached = max(position, going.min(initial=save_positions[-1]))
             record.write(rows.held, done, paths, times)
@@ -117,6 +126,31 @@ class Runner:
             lost = lost[np.asarray(state.progress.end)[lost] == End.DIVERGED]
             if lost.size and record.end is None:
                 record.end = dynamics.why_ended(problem, state, int(lost[0]), save_positions[-1])
+
+    def _stints(
+        self, source: Source, block: int, devices: Devices, layout: Any
+    ) -> list["Ensemble"]:
+        """The ensemble up to `HANDOVER` steps of a path, and from there on, if that differs."""
+        problem, dynamics, observables, keep_weights = self._moving
+        successor = dynamics.successor
+
+        def stint(moves: AbstractDynamics, first: int, last: int | None) -> Ensemble:
+            return Ensemble(
+                moves,
+                problem,
+                source,
+                observables,
+                keep_weights,
+                block,
+                devices,
+                layout,
+                first,
+                last,
+            )
+
+        if successor is None:
+            return [stint(dynamics, 0, None)]
+        return [stint(dynamics, 0, HANDOVER), stint(successor, HANDOVER, None)]
 
     def _following(self, position: Any, times: int, amount: int) -> tuple[np.ndarray, int]:
         """Where a slice starts and the ends it goes to, and how many of them are saved.
@@ -141,8 +175,23 @@ def state_layout(state: State) -> Any:
     return jax.tree.map(lambda leaf: along_last(leaf.ndim), state)
 
 
+def _next_stint(
+    stint: int, taken: Int[np.ndarray, " paths"], end: Int[np.ndarray, " paths"]
+) -> int:
+    """Whose paths move next: those before their handover, those after it, or the others in turn."""
+    going = end == End.NONE
+    after = going & (taken >= HANDOVER)
+    if not np.any(after):
+        return 0
+    return 1 if np.all(after == going) else 1 - stint
+
+
 class Ensemble(eqx.Module):
-    """An ensemble on its way: all that does not change."""
+    """An ensemble on its way: all that does not change.
+
+    Of an adaptive dynamics it moves the paths that have taken `first_step` steps but not yet
+    `last_step` of them.
+    """
 
     dynamics: AbstractDynamics
     problem: Problem
@@ -152,10 +201,19 @@ class Ensemble(eqx.Module):
     block: int = eqx.field(static=True)
     devices: Devices = eqx.field(static=True)
     layout: Any
+    first_step: int = eqx.field(static=True)
+    last_step: int | None = eqx.field(static=True)
 
     def on_one_device(self, paths: UInt32[Array, " paths"]) -> "Ensemble":
         """The part of the ensemble that one device has."""
         return eqx.tree_at(lambda ensemble: ensemble.source.paths, self, paths)
+
+    def allowed(self, taken: Int[Array, " paths"], steps: Int[Array, ""]) -> Int[Array, " paths"]:
+        """How many of some steps each path may take, from how many it has taken."""
+        left = steps
+        if self.last_step is not None:
+            left = jnp.clip(self.last_step - taken, 0, steps)
+        return jnp.where(taken >= self.first_step, left, 0).astype(taken.dtype)
 
     def advance(self, state: State, start: Array, stop: Array) -> State:
         """The state at `stop`; the one given where that is no later, or no path is left."""
@@ -217,7 +275,7 @@ def _go(
 ) -> tuple[State, Saved, Array]:
     """The part of one device in a slice."""
     if state.progress is not None:
-        allowed = jnp.full_like(state.progress.allowed, steps)
+        allowed = ensemble.allowed(state.progress.steps, steps)
         state = eqx.tree_at(lambda s: s.progress.allowed, state, allowed)
     saved = jax.jit(lambda weights: ensemble.saved(weights))  # traced once
     row = jax.eval_shape(saved, state.weights)

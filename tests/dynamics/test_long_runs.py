@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ from scipy.integrate import quad
 
 import gradflow as gf
 from gradflow.backend.types import Scalar, Weights
-from gradflow.dynamics import integration
+from gradflow.dynamics import base, integration
 from gradflow.regularizers.base import AbstractPenalty
+from gradflow.simulation import slices
 
 SCALAR = gf.Problem(gf.Regression.whitened([[1.0]]))
 WATCH = ["loss", "imbalance", "end_to_end"]
@@ -235,6 +237,72 @@ def test_a_step_limit_is_no_divergence(keep: Any, monkeypatch: pytest.MonkeyPatc
         assert data["diverged"].values.tolist() == [0] * 11
         assert data["incomplete"].values[-1] == 1
         assert data["count"].values.tolist() == [2 - n for n in data["incomplete"].values]
+
+
+# Slow drifts
+
+
+@pytest.mark.parametrize("save", [2, 5])
+def test_a_drift_of_a_hundred_million_units_of_time_is_followed(save: int):
+    """Weight decay of rate r has D(t) = D(0) exp(-2 r t); explicit steps would be 10^8."""
+    problem = gf.Problem(SCALAR.data, [gf.WeightDecay(1e-8)])
+    run = gf.simulate(problem, scalars(2.0, 0.1), gf.GradientFlow(), t1=1e8, save=save)
+    assert not run.incomplete
+    np.testing.assert_allclose(run["imbalance"], 3.99 * np.exp(-2e-8 * run.time), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "dynamics",
+    [gf.GradientFlow(), gf.HeavyBallFlow(0.01, 0.5), gf.ModifiedFlow(0.01)],
+    ids=lambda d: type(d).__name__,
+)
+def test_the_implicit_solver_takes_over_path_by_path(
+    dynamics: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """After 200 steps: every path at its own time, and none is bent.
+
+    Against the explicit solver alone, one path at a time.
+    """
+    problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.WeightDecay(1e-2)])
+    starts = [scalars(1.0, 1.0), scalars(2.0, 0.1), scalars(9.0, 0.01)]
+    options: dict[str, Any] = {"t1": 60.0, "save": 7, "observables": WATCH}
+    alone = [gf.simulate(problem, start, dynamics, **options) for start in starts]
+    for module in (base, slices):
+        monkeypatch.setattr(module, "HANDOVER", 200)
+    taken: list[Any] = []
+    run_slice = slices._run_slice
+
+    def counted(fixed: Any, moved: Any) -> Any:
+        state, *saved = run_slice(fixed, moved)
+        assert state.progress is not None
+        taken.append((fixed[0].first_step, np.array(state.progress.steps)))
+        return state, *saved
+
+    monkeypatch.setattr(slices, "_run_slice", counted)
+    together = gf.simulate(problem, starts, dynamics, **options)
+    assert not together.incomplete.any()
+    assert {first for first, _ in taken} == {0, 200}
+    steps = np.stack([np.zeros_like(taken[0][1]), *(after for _, after in taken)])
+    for (first, _), before, after in zip(taken, steps, steps[1:], strict=False):
+        assert np.all((before >= 200) == (first == 200), where=after > before)
+    assert steps[-1, 2] > 200
+    for name in WATCH:
+        expected = np.stack([run[name] for run in alone])
+        np.testing.assert_allclose(together[name], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_solver_that_was_chosen_stays():
+    """Nothing goes on for it, nor for the implicit default."""
+    for flow in (
+        gf.GradientFlow(stiff=True),
+        gf.GradientFlow(solver=diffrax.Tsit5()),
+        gf.PrincipalFlow(0.1),
+        gf.GradientDescent(0.1),
+    ):
+        assert flow.successor is None
+    successor = gf.GradientFlow().successor
+    assert successor is not None
+    assert isinstance(successor.solver, gf.GaussLegendre)
 
 
 # Short calls
