@@ -134,23 +134,14 @@ class Runner:
         problem, dynamics, observables, keep_weights = self._moving
         successor = dynamics.successor
 
-        def stint(moves: AbstractDynamics, first: int, last: int | None) -> Ensemble:
+        def stint(moves: AbstractDynamics, *steps: int) -> Ensemble:
             return Ensemble(
-                moves,
-                problem,
-                source,
-                observables,
-                keep_weights,
-                block,
-                devices,
-                layout,
-                first,
-                last,
+                moves, problem, source, observables, keep_weights, block, devices, layout, *steps
             )
 
         if successor is None:
-            return [stint(dynamics, 0, None)]
-        return [stint(dynamics, 0, HANDOVER), stint(successor, HANDOVER, None)]
+            return [stint(dynamics)]
+        return [stint(dynamics, 0, HANDOVER), stint(successor, HANDOVER)]
 
     def _following(self, position: Any, times: int, amount: int) -> tuple[np.ndarray, int]:
         """Where a slice starts and the ends it goes to, and how many of them are saved.
@@ -201,8 +192,8 @@ class Ensemble(eqx.Module):
     block: int = eqx.field(static=True)
     devices: Devices = eqx.field(static=True)
     layout: Any
-    first_step: int = eqx.field(static=True)
-    last_step: int | None = eqx.field(static=True)
+    first_step: int = eqx.field(static=True, default=0)
+    last_step: int | None = eqx.field(static=True, default=None)
 
     def on_one_device(self, paths: UInt32[Array, " paths"]) -> "Ensemble":
         """The part of the ensemble that one device has."""
