@@ -37,7 +37,7 @@ class GradientFlow(AbstractOdeFlow):
     A run may be of any length: a path that has come to rest stays there, and after 250,000 steps of
     the explicit default `simulate` goes on with the implicit one, which follows slow drifts in
     steps of their own length. A path that cannot go on, because its step size collapses (at the
-    kink of a penalty) or after 10^8 steps of a solver that was chosen, is reported as incomplete.
+    kink of a penalty) or after 10^8 steps of another solver, is reported as incomplete.
     """
 
     rtol: Scalar
@@ -69,7 +69,7 @@ class GradientFlow(AbstractOdeFlow):
 
     @property
     def has_default_solver(self) -> bool:
-        """Whether it is the explicit one."""
+        """Whether it is the explicit one, named or not."""
         return isinstance(self.solver, Switching)
 
     def check(self, problem: Problem, weights: Weights) -> None:

@@ -99,7 +99,7 @@ class HeavyBallFlow(AbstractOdeFlow):
 
     @property
     def has_default_solver(self) -> bool:
-        """Whether it is the explicit one."""
+        """Whether it is the explicit one, named or not."""
         return isinstance(self.solver, DormandPrince853)
 
     def check(self, problem: Problem, weights: Weights) -> None:

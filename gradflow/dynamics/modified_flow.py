@@ -85,7 +85,7 @@ class ModifiedFlow(AbstractOdeFlow):
 
     @property
     def has_default_solver(self) -> bool:
-        """Whether it is the explicit one."""
+        """Whether it is the explicit one, named or not."""
         return isinstance(self.solver, diffrax.Dopri8)
 
     def check(self, problem: Problem, weights: Weights) -> None:

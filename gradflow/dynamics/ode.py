@@ -60,7 +60,7 @@ class AbstractOdeFlow(AbstractDynamics):
 
     @property
     def has_default_solver(self) -> bool:
-        """Whether the solver is an explicit one that nobody asked for."""
+        """Whether the solver is the explicit default; to ask for it by name makes no difference."""
         return False
 
     @property

@@ -291,7 +291,7 @@ def test_the_implicit_solver_takes_over_path_by_path(
         np.testing.assert_allclose(together[name], expected, rtol=1e-6, atol=1e-9)
 
 
-def test_a_solver_that_was_chosen_stays():
+def test_another_solver_than_the_default_stays():
     """Nothing goes on for it, nor for the implicit default."""
     for flow in (
         gf.GradientFlow(stiff=True),
