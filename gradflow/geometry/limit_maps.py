@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Int
 
-from gradflow.backend.compiled import compiled
+from gradflow.backend.compiled import KERNELS, compiled
 from gradflow.backend.types import Scalar, Weights
 from gradflow.checks import as_parameter
 from gradflow.data import Regression
@@ -218,8 +218,8 @@ def descent_projection(
     return _checked(net, loss, *found, kind)
 
 
-_compiled_flow = compiled(flow_limit)
-_compiled_descent = compiled(descent_limit)
+_compiled_flow = compiled(flow_limit, options=KERNELS)
+_compiled_descent = compiled(descent_limit, options=KERNELS)
 
 
 def _checked(

@@ -1,6 +1,7 @@
 """Control variates: functionals of the noise whose mean is known to be zero."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 from numpy.polynomial import legendre
 
 from gradflow.analysis.convergence.coupling import BrownianGrid
-from gradflow.backend.compiled import compiled
+from gradflow.backend.compiled import KERNELS, compiled
 from gradflow.problem import Problem
 from gradflow.random.streams import Stream
 
@@ -111,7 +112,7 @@ def controlled_mean(
     return offset + coefficients[0], np.sqrt(gram[0, 0] * variance)
 
 
-@compiled
+@partial(compiled, options=KERNELS)  # of few numbers it makes the noise of all steps and paths
 def _functionals(
     problem: Problem,
     key: PRNGKeyArray,
