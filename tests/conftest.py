@@ -11,6 +11,7 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("GRADFLOW_WORKERS", "1")  # the tests themselves keep the cores busy
 
 import equinox as eqx
 import jax

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", ".pytest_cache", "__pycache__")
@@ -47,12 +49,23 @@ def main() -> int:
     """Run the mutants whose file names contain one of the arguments, or all of them."""
     mutants = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())["mutant"]
     chosen = [m for m in mutants if not sys.argv[1:] or any(a in m["file"] for a in sys.argv[1:])]
-    survivors = 0
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        shutil.copytree(ROOT, tree, ignore=left_out)
-        for number, mutant in enumerate(chosen, start=1):
-            dead = killed(mutant, tree)
+    survivors, workers = 0, os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for worker in range(workers):
+            tree = Path(folder) / str(worker)
+            shutil.copytree(ROOT, tree, ignore=left_out)
+            trees.put(tree)
+
+        def judge(mutant: dict[str, str]) -> bool:
+            tree = trees.get()
+            try:
+                return killed(mutant, tree)
+            finally:
+                trees.put(tree)
+
+        verdicts = zip(chosen, pool.map(judge, chosen), strict=True)
+        for number, (mutant, dead) in enumerate(verdicts, start=1):
             survivors += not dead
             word = "killed" if dead else "SURVIVED"
             print(f"{number}/{len(chosen)} {word}: {mutant['file']}: {mutant['why']}", flush=True)

@@ -5,6 +5,7 @@ room no folder, imports in a circle. To add a room, edit the list.
 """
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -75,7 +76,8 @@ def read_package() -> dict[str, str]:
     return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
 
-def imports_of(file: str, text: str, modules: frozenset[str]) -> Iterator[Import]:
+@functools.cache
+def imports_of(file: str, text: str, modules: frozenset[str]) -> list[Import]:
     """The gradflow modules that a file imports, `from package import module` resolved."""
     source = module_name(file)
     package = source if file.endswith("/__init__.py") else source.rpartition(".")[0]
@@ -99,12 +101,12 @@ def imports_of(file: str, text: str, modules: frozenset[str]) -> Iterator[Import
         for child in ast.iter_child_nodes(node):
             yield from visit(child, late)
 
-    return visit(ast.parse(text, file), late=False)
+    return list(visit(ast.parse(text, file), late=False))
 
 
 def all_imports(package: Mapping[str, str]) -> dict[str, list[Import]]:
     modules = frozenset(map(module_name, package))
-    return {file: list(imports_of(file, text, modules)) for file, text in package.items()}
+    return {file: imports_of(file, text, modules) for file, text in package.items()}
 
 
 def room_of(module: str) -> str:

@@ -184,6 +184,14 @@ Short = Annotated[
     bool, typer.Option("--short", help="Run the quick variant: the overrides of [short].")
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Use this seed in place of the spec's.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        envvar="GRADFLOW_WORKERS",
+        help="Runs carried out at once, each in a process (default: a run for each core, up to 8).",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
 
@@ -213,10 +221,11 @@ def study(
     overwrite: Overwrite = False,
     short: Short = False,
     seed: Seed = None,
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Run studies; `STUDY_HELP` is what users read."""
-    _carry_out(specs, out, overwrite, short, seed, quiet, part="study")
+    _carry_out(specs, out, overwrite, short, seed, workers, quiet, part="study")
 
 
 @app.command()
@@ -226,10 +235,11 @@ def run(
     overwrite: Overwrite = False,
     short: Short = False,
     seed: Seed = None,
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Integrate the runs of studies and write their NetCDF files: no claims, no figures."""
-    _carry_out(specs, out, overwrite, short, seed, quiet, part="runs")
+    _carry_out(specs, out, overwrite, short, seed, workers, quiet, part="runs")
 
 
 @app.command(help=ORDERS_HELP)
@@ -239,10 +249,13 @@ def orders(
     overwrite: Overwrite = False,
     short: Short = False,
     seed: Seed = None,
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure the [[orders]] tables of studies; `ORDERS_HELP` is what users read."""
-    _carry_out(specs or ["discretization"], out, overwrite, short, seed, quiet, part="orders")
+    _carry_out(
+        specs or ["discretization"], out, overwrite, short, seed, workers, quiet, part="orders"
+    )
 
 
 @app.command(help=PREDICT_HELP)
@@ -294,6 +307,7 @@ def _carry_out(
     overwrite: bool,
     short: bool,
     seed: int | None,
+    workers: int | None,
     quiet: bool,
     part: Literal["study", "runs", "orders"],
 ) -> None:
@@ -301,7 +315,7 @@ def _carry_out(
     # JAX takes seconds to import, which --help and list need not wait for.
     from gradflow.cli.commands import Options, carry_out
 
-    options = Options(out, overwrite, short, seed, quiet, part)
+    options = Options(out, overwrite, short, seed, quiet, workers, part)
     raise typer.Exit(carry_out(specs or ["two_phases"], options))
 
 

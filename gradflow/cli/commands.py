@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from gradflow.report.tables import summary
 from gradflow.simulation.progress import announced
 from gradflow.study.results import StudyResult
 from gradflow.study.run.build import Prepared, PreparedRun, prepare
+from gradflow.study.run.crew import Crew, crew_of, workers_for
 from gradflow.study.run.output import OutputError, ResultFolder, check_free
 from gradflow.study.run.progress import Bars, Lines
 from gradflow.study.run.record import status, write_claims, write_spec
@@ -60,6 +62,7 @@ class Options:
     short: bool
     seed: int | None
     quiet: bool
+    workers: int | None
     part: Part
 
     @property
@@ -74,7 +77,7 @@ def carry_out(specs: list[str], options: Options) -> int:
     **Returns:** the exit status: the largest of the studies' own.
     """
     studies, wrong = _load_all(specs, options)
-    folders = [_folder(study, options, len(studies)) for study, _ in studies]
+    folders = [_folder(study, options, len(studies)) for study in studies]
     for place, folder in enumerate(folders):
         try:
             check_free(folder, overwrite=options.overwrite)
@@ -83,14 +86,23 @@ def carry_out(specs: list[str], options: Options) -> int:
         if folder in folders[:place]:
             wrong.append(f"{folder}: two of the SPECs are to write here; rename one of them")
     if wrong:
-        typer.echo("\n".join(wrong), err=True)
-        return BAD_INPUT
-    codes = []
-    for (study, prepared), folder in zip(studies, folders, strict=True):
-        codes.append(_carry_out_one(study, prepared, folder, options))
-        if codes[-1] == INTERRUPTED:
-            break
+        return _refuse(wrong)
+    jobs = max(len(study.spec.run) + len(study.spec.orders) for study in studies)
+    with crew_of(options.workers or workers_for(jobs)) as crew:
+        prepared, wrong = _prepare_all(studies)
+        if wrong:
+            return _refuse(wrong)
+        codes = []
+        for study, built, folder in zip(studies, prepared, folders, strict=True):
+            codes.append(_carry_out_one(study, built, folder, options, crew))
+            if codes[-1] == INTERRUPTED:
+                break
     return max(codes)
+
+
+def _refuse(wrong: list[str]) -> int:
+    typer.echo("\n".join(wrong), err=True)
+    return BAD_INPUT
 
 
 def predict_runs(spec: str, names: list[str], *, short: bool) -> int:
@@ -164,17 +176,27 @@ def _end_cell(found: Prediction) -> str:
     return f"{number(shown_imbalance(found.end_imbalance, norms))}\n({traces})"
 
 
-def _load_all(specs: list[str], options: Options) -> tuple[list[tuple[Study, Prepared]], list[str]]:
+def _load_all(specs: list[str], options: Options) -> tuple[list[Study], list[str]]:
     studies, wrong = [], []
     for spec in specs:
         try:
             study = load_study(
                 find(spec), short=options.short, seed=options.seed, part=options.part
             )
-            studies.append((study, prepare(study)))
+            studies.append(study)
         except ValueError as error:
             wrong.append(str(error))
     return studies, wrong
+
+
+def _prepare_all(studies: list[Study]) -> tuple[list[Prepared], list[str]]:
+    prepared, wrong = [], []
+    for study in studies:
+        try:
+            prepared.append(prepare(study))
+        except ValueError as error:
+            wrong.append(str(error))
+    return prepared, wrong
 
 
 def _folder(study: Study, options: Options, count: int) -> Path:
@@ -183,7 +205,9 @@ def _folder(study: Study, options: Options, count: int) -> Path:
     return (options.out or Path("results")) / study.spec.name
 
 
-def _carry_out_one(study: Study, prepared: Prepared, out: Path, options: Options) -> int:
+def _carry_out_one(
+    study: Study, prepared: Prepared, out: Path, options: Options, crew: Crew
+) -> int:
     """Run one study into its folder; return its exit status."""
     console = _console(options.quiet)
     try:
@@ -194,7 +218,7 @@ def _carry_out_one(study: Study, prepared: Prepared, out: Path, options: Options
     wrong = ""
     try:
         write_spec(folder, study)
-        result = _integrate(study, prepared, folder, options, console)
+        result = _integrate(study, prepared, folder, options, console, crew)
         if options.evaluate and (result.runs or result.orders) and result.status != "interrupted":
             wrong = _evaluate(result, folder)
     except BaseException as error:
@@ -226,18 +250,23 @@ def _integrate(
     folder: ResultFolder,
     options: Options,
     console: Console,
+    crew: Crew,
 ) -> StudyResult:
     title = study.spec.title or study.spec.name
     counts = [_count(len(prepared.runs), "run"), _count(len(prepared.orders), "[[orders]] table")]
     what = " and ".join(count for count in counts if count)
     console.print(f"{title}: {what}", style="bold", markup=False, highlight=False)
-    evaluate = options.evaluate
     jobs = [*study.spec.run, *study.spec.orders]
-    if options.quiet or not console.is_terminal:
-        lines = Lines(console, jobs)
-        return run_study(study, prepared, folder.path, reporter=lines, evaluate=evaluate)
-    with Bars(console, jobs) as bars:
-        return run_study(study, prepared, folder.path, reporter=bars, evaluate=evaluate)
+    plain = options.quiet or not console.is_terminal
+    with nullcontext(Lines(console, jobs)) if plain else Bars(console, jobs) as reporter:
+        return run_study(
+            study,
+            prepared,
+            folder.path,
+            reporter=reporter,
+            evaluate=options.evaluate,
+            crew=crew,
+        )
 
 
 def _count(number: int, what: str) -> str:

@@ -10,7 +10,7 @@ import xarray as xr
 from specs import HEAD, RUN
 
 import gradflow as gf
-from gradflow.study.run import runner
+from gradflow.study.run import jobs
 from gradflow.study.run.build import prepare, run_key
 from gradflow.study.run.output import ResultFolder
 from gradflow.study.run.progress import Silent
@@ -80,11 +80,11 @@ class Recorder(Silent):
     def __init__(self):
         self.begun, self.ended, self.progress = [], [], []
 
-    def started(self, run):
-        self.begun.append(run.name)
+    def started(self, name):
+        self.begun.append(name)
 
-    def advanced(self, run, done, total, message):
-        self.progress.append((run.name, done, total, message))
+    def advanced(self, name, done, total, message):
+        self.progress.append((name, done, total, message))
 
     def finished(self, result, seconds):
         assert seconds > 0
@@ -136,7 +136,7 @@ def test_a_slow_flow_beside_sgd_and_what_they_take_without_compilation(
         calls.append((keys["steps"], compilations > 0))
         return trajectory
 
-    monkeypatch.setattr(runner, "simulate", watched)
+    monkeypatch.setattr(jobs, "simulate", watched)
     # Shapes of its own, so that no other test has compiled these runs.
     head = HEAD.replace("[[2.0]], [[0.1]]", "[[1.5], [0.5]], [[0.2, 0.3]]")
     result = carry_out(load, head + NOISY.replace("replicas = 4", "replicas = 3") + SLOW, tmp_path)
@@ -189,8 +189,8 @@ def test_ctrl_c_keeps_what_was_done(load, tmp_path):
     endless = NOISY.replace("noisy", "endless").replace("steps = 40", "steps = 2000000000")
 
     class CtrlC(Recorder):
-        def advanced(self, run, done, total, message):
-            if run.name == "endless":
+        def advanced(self, name, done, total, message):
+            if name == "endless":
                 signal.raise_signal(signal.SIGINT)  # handled by the main thread
 
     text = HEAD + RUN + endless + NOISY + CLAIM
@@ -209,7 +209,7 @@ def test_a_run_that_breaks_does_not_stop_the_others(load, tmp_path, monkeypatch)
             raise ValueError("the machine is on fire")
         return gf.simulate(problem, *arguments, **options)
 
-    monkeypatch.setattr(runner, "simulate", fragile)
+    monkeypatch.setattr(jobs, "simulate", fragile)
     noisy_claim = CLAIM.replace("flow", "noisy")
     result = carry_out(load, HEAD + NOISY + RUN + CLAIM + noisy_claim, tmp_path)
     assert result.status == "failed" and list(result.runs) == ["flow"]
@@ -218,7 +218,7 @@ def test_a_run_that_breaks_does_not_stop_the_others(load, tmp_path, monkeypatch)
 
 
 def test_an_unexpected_error_keeps_its_traceback(load, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "simulate", lambda *_, **__: {}["gone"])
+    monkeypatch.setattr(jobs, "simulate", lambda *_, **__: {}["gone"])
     result = carry_out(load, HEAD + RUN, tmp_path)
     assert "Traceback" in result.errors["flow"] and "KeyError: 'gone'" in result.errors["flow"]
 
@@ -228,7 +228,7 @@ def test_warnings_become_notes_of_their_run(load, tmp_path, monkeypatch):
         warnings.warn("rather coarse", UserWarning, stacklevel=2)
         return gf.simulate(*arguments, **options)
 
-    monkeypatch.setattr(runner, "simulate", talkative)
+    monkeypatch.setattr(jobs, "simulate", talkative)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         result = carry_out(load, HEAD + RUN, tmp_path)

@@ -30,12 +30,12 @@ Job: TypeAlias = RunSpec | OrdersSpec
 
 @runtime_checkable
 class Reporter(Protocol):
-    """Is told how the jobs of a study get on, from the thread that carries them out."""
+    """Is told how the jobs of a study get on, by name: from any thread."""
 
-    def started(self, job: Job) -> None:
+    def started(self, name: str) -> None:
         """A job begins."""
 
-    def advanced(self, job: Job, done: float, total: float, message: str) -> None:
+    def advanced(self, name: str, done: float, total: float, message: str) -> None:
         """A job has come from 0 to `done` of `total`."""
 
     def finished(self, result: RunResult | OrdersResult, seconds: float) -> None:
@@ -48,10 +48,10 @@ class Reporter(Protocol):
 class Silent:
     """Reports nothing."""
 
-    def started(self, job: Job) -> None:
+    def started(self, name: str) -> None:
         """Nothing."""
 
-    def advanced(self, job: Job, done: float, total: float, message: str) -> None:
+    def advanced(self, name: str, done: float, total: float, message: str) -> None:
         """Nothing."""
 
     def finished(self, result: RunResult | OrdersResult, seconds: float) -> None:
@@ -70,10 +70,10 @@ class Lines:
         self.done = 0
         self._lock = threading.Lock()
 
-    def started(self, job: Job) -> None:
+    def started(self, name: str) -> None:
         """Nothing."""
 
-    def advanced(self, job: Job, done: float, total: float, message: str) -> None:
+    def advanced(self, name: str, done: float, total: float, message: str) -> None:
         """Nothing."""
 
     def finished(self, result: RunResult | OrdersResult, seconds: float) -> None:
@@ -118,14 +118,14 @@ class Bars:
     ) -> None:
         self._progress.stop()
 
-    def started(self, job: Job) -> None:
+    def started(self, name: str) -> None:
         """Start the clock of the job's bar."""
-        self._progress.start_task(self._tasks[job.name])
-        self._progress.update(self._tasks[job.name], message="compiling")
+        self._progress.start_task(self._tasks[name])
+        self._progress.update(self._tasks[name], message="compiling")
 
-    def advanced(self, job: Job, done: float, total: float, message: str) -> None:
+    def advanced(self, name: str, done: float, total: float, message: str) -> None:
         """Move the job's bar."""
-        task = self._tasks[job.name]
+        task = self._tasks[name]
         self._progress.update(task, completed=done, total=total, message=message)
 
     def finished(self, result: RunResult | OrdersResult, seconds: float) -> None:
