@@ -19,7 +19,7 @@ from limits import gemm, step_flops
 from results import PROSE, RESULTS, Report, options
 
 import gradflow as gf
-from gradflow.report.style import OKABE_ITO, drawing_style, log_axis, new_figure, save_figure
+from gradflow.plot.style import OKABE_ITO, drawing_style, log_axis, new_figure, save_figure
 
 DEPTHS = (2, 3, 4, 6, 8, 12, 16)
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from results import Table
 
-from gradflow.report.style import OKABE_ITO, drawing_style, log_axis, new_figure, save_figure
+from gradflow.plot.style import OKABE_ITO, drawing_style, log_axis, new_figure, save_figure
 
 
 def draw_ratios(tables: Sequence[Table], stem: Path) -> None:

@@ -64,4 +64,4 @@ def make_run(
     table = {"name": name, "t1": 1.0, "dynamics": dynamics or {"kind": "GradientFlow"}}
     spec = RunSpec.model_validate({**table, "regularizers": regularizers or []})
     trajectory = Trajectory(dataset, problem, gf.GradientFlow(), [gf.DeepLinear(layers)])
-    return RunResult(name, spec.title, "", spec, trajectory)
+    return RunResult(name, spec.title, "", trajectory, spec=spec)

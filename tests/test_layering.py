@@ -33,6 +33,7 @@ ROOMS: tuple[str, ...] = (
     "results",
     "simulation",
     "analysis",
+    "plot",
     "study",
     "report",
     "cli",

@@ -19,8 +19,8 @@ from gradflow.analysis.prediction.predict import predict
 from gradflow.analysis.prediction.rate_laws import Prediction, shown_imbalance
 from gradflow.cli.experiments import find
 from gradflow.geometry.imbalance import squared_norms
+from gradflow.plot.formatting import MISSING, arrows, duration, number, with_error
 from gradflow.report.draw import FigureError, draw_figures
-from gradflow.report.formatting import MISSING, arrows, duration, number, with_error
 from gradflow.report.page import write_page
 from gradflow.report.tables import summary
 from gradflow.simulation.progress import announced

@@ -5,32 +5,75 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradflow.report.conservation import draw_conservation
-from gradflow.report.drawing import Drawing, sentence
-from gradflow.report.phase_portrait import draw_phase_portrait
-from gradflow.report.rates import draw_rates
-from gradflow.report.reading import missing_runs, run_views
-from gradflow.report.scaling import draw_scaling
-from gradflow.report.sharpness import TITLE as SHARPNESS_TITLE, draw_sharpness
+from gradflow.plot.bounds import BOUNDED
+from gradflow.plot.conservation import draw_conservation
+from gradflow.plot.drawing import Drawing, sentence
+from gradflow.plot.phase_portrait import draw_phase_portrait
+from gradflow.plot.rates import draw_rates
+from gradflow.plot.scaling import draw_scaling
+from gradflow.plot.sharpness import TITLE as SHARPNESS_TITLE, draw_sharpness
+from gradflow.plot.style import drawing_style, save_figure
+from gradflow.plot.theory_ratios import TITLE as RATIOS_TITLE, draw_theory_ratios
+from gradflow.plot.time_series import draw_time_series
+from gradflow.report.scaling_points import scaling_points
 from gradflow.report.study_orders import draw_study_orders
-from gradflow.report.style import drawing_style, save_figure
-from gradflow.report.theory_ratios import TITLE as RATIOS_TITLE, draw_theory_ratios
-from gradflow.report.time_series import draw_time_series
+from gradflow.report.views import missing_runs, run_views
 from gradflow.study.results import StudyResult
+from gradflow.study.spec.spec import FigureBase, Scaling, TimeSeries
+
+
+def _of_runs(draw: Callable[..., Drawing]) -> Callable[[StudyResult, Any], Drawing]:
+    """Lets a figure of runs be asked for by its table of the spec: its keys are the arguments."""
+
+    def drawn(result: StudyResult, spec: FigureBase) -> Drawing:
+        options = spec.model_dump(exclude={"kind", "name", "runs"})
+        return draw(run_views(result, spec.runs), **options)
+
+    return drawn
+
+
+def _scaling(result: StudyResult, spec: Scaling) -> Drawing:
+    points, notes = scaling_points(result, run_views(result, spec.runs), spec)
+    return draw_scaling(
+        points,
+        spec.quantity,
+        spec.parameter,
+        title=spec.title,
+        caption=spec.caption,
+        observable=spec.observable,
+        slope=spec.slope,
+        notes=notes,
+    )
+
+
+def _sharpness(result: StudyResult) -> Drawing | None:
+    """Draws the sharpness unless a figure of the spec does."""
+    asked = {
+        name
+        for figure in result.spec.figure
+        if isinstance(figure, TimeSeries) and not figure.relative
+        for name in figure.observables
+    }
+    return None if asked.intersection(BOUNDED) else draw_sharpness(run_views(result, ()))
+
+
+def _theory_ratios(result: StudyResult) -> Drawing | None:
+    return draw_theory_ratios(run_views(result, ()))
+
 
 KINDS: Mapping[str, Callable[[StudyResult, Any], Drawing]] = {
-    "phase_portrait": draw_phase_portrait,
-    "time_series": draw_time_series,
-    "rates": draw_rates,
-    "scaling": draw_scaling,
-    "conservation": draw_conservation,
+    "phase_portrait": _of_runs(draw_phase_portrait),
+    "time_series": _of_runs(draw_time_series),
+    "rates": _of_runs(draw_rates),
+    "scaling": _scaling,
+    "conservation": _of_runs(draw_conservation),
     "orders": draw_study_orders,
 }
 """Every figure kind of a spec and the function that draws it."""
 
 AUTOMATIC: Mapping[str, tuple[str, Callable[[StudyResult], Drawing | None]]] = {
-    "theory_ratios": (RATIOS_TITLE, draw_theory_ratios),
-    "sharpness": (SHARPNESS_TITLE, draw_sharpness),
+    "theory_ratios": (RATIOS_TITLE, _theory_ratios),
+    "sharpness": (SHARPNESS_TITLE, _sharpness),
 }
 """Title and function of figures that no spec asks for: drawn where the runs are made for them."""
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gradflow.report.against_theory import RULE
+from gradflow.analysis.comparison.against_theory import RULE
+from gradflow.backend.whole_file import write_whole
+from gradflow.plot.formatting import duration
 from gradflow.report.draw import FigureFile
-from gradflow.report.formatting import duration
 from gradflow.report.inline import inline_figure
-from gradflow.report.style import write_whole
 from gradflow.report.tables import (
     PHASE_COLUMNS,
     claim_rows,
@@ -69,7 +69,7 @@ def write_page(result: StudyResult, figures: Sequence[FigureFile]) -> Path:
         wall_time=duration(result.wall_time_s),
     )
     path = result.out / "report.html"
-    write_whole(path, text.encode("utf-8"))
+    write_whole(path, text)
     return path
 
 

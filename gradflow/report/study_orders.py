@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from gradflow.analysis.convergence.results import Orders
-from gradflow.report.drawing import Drawing, sentence
-from gradflow.report.orders import draw_orders
+from gradflow.plot.drawing import Drawing, sentence
+from gradflow.plot.orders import draw_orders
 from gradflow.study.results import OrdersResult, StudyResult
 from gradflow.study.spec.spec import Orders as OrdersFigure
 

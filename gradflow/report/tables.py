@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradflow.analysis.comparison.against_theory import compared_rates
 from gradflow.analysis.convergence.results import OrderRow
-from gradflow.report.against_theory import compared_rates
-from gradflow.report.formatting import (
+from gradflow.plot.formatting import (
     MISSING,
     arrows,
     duration,
@@ -17,7 +17,8 @@ from gradflow.report.formatting import (
     number,
     with_error,
 )
-from gradflow.report.reading import RunView, on_common_clock, run_views
+from gradflow.plot.reading import RunView, on_common_clock
+from gradflow.report.views import run_views
 from gradflow.study.results import ClaimResult, OrdersResult, StudyResult
 
 
@@ -88,7 +89,7 @@ def summary(result: StudyResult) -> str:
 
 def _rates(result: StudyResult) -> str:
     """Returns what became of the rates that theory predicts, as the second half of a sentence."""
-    counts = compared_rates(result)
+    counts = compared_rates(result.runs.values())
     total = counts.total()
     if total == 0:
         return ""
@@ -113,7 +114,7 @@ def tone(result: StudyResult) -> str:
     verdicts = {claim.verdict for claim in result.claims}
     if result.status != "complete" or "fails" in verdicts:
         return "fails"
-    if "undecided" in verdicts or compared_rates(result)["misses"]:
+    if "undecided" in verdicts or compared_rates(result.runs.values())["misses"]:
         return "undecided"
     return "holds" if verdicts else "plain"
 
@@ -291,7 +292,7 @@ def setup_rows(result: StudyResult) -> list[dict[str, Any]]:
     """Returns one line for each run: regularizers, dynamics, replicas, length, seed, wall time."""
     rows = []
     for view in run_views(result, ()):
-        spec, attrs = view.run.spec, view.dataset.attrs
+        spec, attrs = result.runs[view.name].spec, view.dataset.attrs
         seconds = attrs.get("wall_time_s")
         rows.append(
             {
@@ -321,8 +322,9 @@ def problems(result: StudyResult) -> list[dict[str, str]]:
     found: dict[tuple[str, str], dict[str, str]] = {}
     for view in run_views(result, ()):
         data = view.run.trajectory.problem.data
-        data_spec = in_code(result.spec.data_of(view.run.spec), "source")
-        network_spec = in_code(result.spec.network_of(view.run.spec), "init")
+        spec = result.runs[view.name].spec
+        data_spec = in_code(result.spec.data_of(spec), "source")
+        network_spec = in_code(result.spec.network_of(spec), "init")
         key = (data_spec, network_spec)
         if key in found:
             found[key]["runs"] += f", {view.label}"

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from gradflow.report.against_theory import (
+from gradflow.analysis.comparison.against_theory import (
     CHANGES,
     Compared,
     Measured,
@@ -11,7 +11,8 @@ from gradflow.report.against_theory import (
     Verdict,
     theory_rows,
 )
-from gradflow.report.formatting import arrows, not_constant, number, with_error
+from gradflow.plot.formatting import arrows, not_constant, number, with_error
+from gradflow.report.views import run_views
 from gradflow.study.results import StudyResult
 
 
@@ -46,19 +47,20 @@ THEORY_COLUMNS = (
 
 def theory_lines(result: StudyResult) -> list[TheoryLine]:
     """Returns the table of rates: theory, slow flow, SDE and SGD of every regularizer."""
-    rows = theory_rows(result)
+    rows = theory_rows(list(result.runs.values()))
+    colours = {view.name: view.colour for view in run_views(result, ())}
     labels = [row.label for row in rows]
-    return [_theory_line(row, labels.count(row.label) > 1) for row in rows]
+    return [_theory_line(row, colours[row.run.name], labels.count(row.label) > 1) for row in rows]
 
 
-def _theory_line(row: TheoryRow, is_shared: bool) -> TheoryLine:
+def _theory_line(row: TheoryRow, colour: str, is_shared: bool) -> TheoryLine:
     """Writes a row; groups with several rows are told apart by their runs."""
     sizes = [
         f"{name}\u00a0=\u00a0{number(value, 3)}"
         for name, value in (("h", row.step_size), ("h\u00a0\u03bb", row.h_lambda))
         if math.isfinite(value) and value > 0.0
     ]
-    run = row.view.label if is_shared and row.view.label != row.label else ""
+    run = row.run.label if is_shared and row.run.label != row.label else ""
     measured = () if row.measured is None else (_entry(row.measured),)
     cells = (
         _entries(row.leading_order),
@@ -68,7 +70,7 @@ def _theory_line(row: TheoryRow, is_shared: bool) -> TheoryLine:
         measured,
     )
     below = tuple(text for text in (run, ", ".join(sizes)) if text)
-    return TheoryLine(row.label, row.view.colour, below, cells)
+    return TheoryLine(row.label, colour, below, cells)
 
 
 def _entries(*found: Compared | None) -> tuple[TheoryEntry, ...]:

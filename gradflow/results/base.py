@@ -2,8 +2,6 @@
 
 import abc
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
+from gradflow.backend.whole_file import whole_file
 from gradflow.data import Regression
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.dynamics.effective_time import effective_time
@@ -128,18 +127,8 @@ class AbstractResult(abc.ABC):
         packed.attrs["dynamics"] = json.dumps(describe(self.dynamics))
         packed.attrs["format"] = FORMAT
         packed.attrs["kind"] = self.kind
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-        try:
+        with whole_file(path) as aside:
             packed.to_netcdf(aside, engine="h5netcdf")
-            with open(aside, "rb") as file:
-                os.fsync(file.fileno())
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
         return path
 
     @classmethod

@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from gradflow.analysis.comparison.evaluated import EvaluatedRun
 from gradflow.analysis.convergence.orders import Orders
-from gradflow.analysis.phases import Phases
-from gradflow.analysis.prediction.rate_laws import Prediction
-from gradflow.analysis.rates import Rate
-from gradflow.results.trajectory import Trajectory
 from gradflow.study.spec.order_tables import OrdersSpec
 from gradflow.study.spec.spec import RunSpec, StudySpec
 
@@ -18,39 +15,14 @@ Verdict = Literal["holds", "fails", "undecided"]
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """One finished (or interrupted) run and what was read off it.
+class RunResult(EvaluatedRun):
+    """One run of a study.
 
     Attributes:
-        name: the run's name in the spec.
-        label: its text for figures and tables.
-        group: runs of one group belong together.
         spec: the run as it was carried out.
-        trajectory: what was recorded.
-        phases: the two phases, None where they are not defined.
-        rate: decay rate of the imbalance in the regularization phase, None where it cannot be
-            measured.
-        prediction: what theory predicts for the run, None where it predicts nothing.
-        along: what the slow flow predicts over the times of `rate`; only where that is not
-            constant.
-        notes: remarks for people, such as replicas that diverged.
     """
 
-    name: str
-    label: str
-    group: str
-    spec: RunSpec
-    trajectory: Trajectory
-    phases: Phases | None = None
-    rate: Rate | None = None
-    prediction: Prediction | None = None
-    notes: tuple[str, ...] = ()
-    along: Rate | None = None
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether the run was stopped before its end."""
-        return self.trajectory.interrupted
+    spec: RunSpec = field(kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def run_result(spec: StudySpec, index: int, dataset: xr.Dataset) -> RunResult:
         limit=net,
     )
     known = None if kind == "slow" else phases  # a slow flow has but one phase
-    return RunResult(run.name, run.title, run.group, run, trajectory, known, rate, prediction, ())
+    return RunResult(run.name, run.title, run.group, trajectory, known, rate, prediction, spec=run)
 
 
 CLAIMS = (

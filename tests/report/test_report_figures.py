@@ -15,12 +15,13 @@ from matplotlib.image import imread
 from matplotlib.patches import Polygon
 from matplotlib.text import Text
 
+from gradflow.plot.drawing import Drawing
+from gradflow.plot.reading import series
+from gradflow.plot.scaling import fit_slope
+from gradflow.plot.style import OKABE_ITO, UNREGULARIZED, drawing_style, group_colours
 from gradflow.report import FigureError, draw_figures
 from gradflow.report.draw import KINDS
-from gradflow.report.drawing import Drawing
-from gradflow.report.reading import run_views, series
-from gradflow.report.scaling import fit_slope
-from gradflow.report.style import OKABE_ITO, UNREGULARIZED, drawing_style, group_colours
+from gradflow.report.views import run_views
 from gradflow.study.results import StudyResult
 
 MakeStudy = Callable[..., StudyResult]

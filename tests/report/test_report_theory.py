@@ -9,23 +9,24 @@ import pytest
 import xarray as xr
 from matplotlib.text import Text
 
+from gradflow.analysis.comparison.against_theory import CHANGES, Measured, judged, theory_rows
+from gradflow.plot.drawing import Drawing
+from gradflow.plot.formatting import number as written
+from gradflow.plot.style import drawing_style
+from gradflow.plot.time_series import draw_time_series
 from gradflow.report import draw_figures, write_page
-from gradflow.report.against_theory import CHANGES, Measured, judged, theory_rows
-from gradflow.report.drawing import Drawing
-from gradflow.report.formatting import number as written
-from gradflow.report.reading import run_views
-from gradflow.report.sharpness import draw_sharpness
-from gradflow.report.style import drawing_style
-from gradflow.report.theory_ratios import draw_theory_ratios
+from gradflow.report.draw import AUTOMATIC
 from gradflow.report.theory_table import theory_lines
-from gradflow.report.time_series import draw_time_series
+from gradflow.report.views import run_views
 from gradflow.study.results import StudyResult
-from gradflow.study.spec.spec import TimeSeries
 
 MakeStudy = Callable[..., StudyResult]
 
 SPREAD = 1e-4
 """Standard deviation of the rates of the 16 replicas, so their mean is known to SPREAD / 4."""
+
+_, ratios = AUTOMATIC["theory_ratios"]
+_, sharpness = AUTOMATIC["sharpness"]
 
 
 def table(kind: str, name: str, step_size: float, **dynamics: Any) -> dict[str, Any]:
@@ -143,9 +144,9 @@ def test_runs_of_the_same_training_share_a_row(make_study: MakeStudy):
     }  # fmt: skip
     law = {"leading_rate": 0.01, "imbalance_rate": 0.0112, "sharpness": 0.3}
     result = study(make_study, runs, rates, {"sgd_0": law})
-    first, *others = theory_rows(result)
+    first, *others = theory_rows(list(result.runs.values()))
 
-    assert [row.view.name for row in others] == ["slow_2", "slow_3"]
+    assert [row.run.name for row in others] == ["slow_2", "slow_3"]
     assert all(row.measured is None and row.slow_flow is not None for row in others)
     assert first.measured is not None
     assert first.measured.value == pytest.approx(0.011, rel=1e-9)
@@ -170,7 +171,7 @@ def test_a_rate_that_changes_is_not_held_against_its_start(make_study: MakeStudy
     runs = [LADDER[0], table("SlowFlow", "slow_0", 0.1)]
     rates = {"sgd_0": 0.01, "slow_0": 0.01}
     result = study(make_study, runs, rates, LAWS_OF_ONE, bend=0.05)
-    row, *_ = theory_rows(result)
+    row, *_ = theory_rows(list(result.runs.values()))
     assert row.changes
     assert row.leading_order is not None
     assert row.leading_order.verdict is not None
@@ -216,7 +217,7 @@ def test_studies_without_rates_have_no_such_table(make_study: MakeStudy):
     result = make_study()
     runs = {name: replace(run, rate=None, prediction=None) for name, run in result.runs.items()}
     result = replace(result, runs=runs)
-    assert theory_rows(result) == []
+    assert theory_rows(list(result.runs.values())) == []
     assert "Rates: theory and SGD" not in write_page(result, ()).read_text(encoding="utf-8")
 
 
@@ -241,7 +242,7 @@ def markers(drawing: Drawing) -> dict[str, np.ndarray]:
 
 
 def test_ratios_of_three_step_sizes(make_study: MakeStudy):
-    drawing = drawn(draw_theory_ratios, study(make_study, LADDER, RATES, LAWS))
+    drawing = drawn(ratios, study(make_study, LADDER, RATES, LAWS))
     points = markers(drawing)
     np.testing.assert_allclose(points["o"], [[0.3, 1.0], [0.6, 0.96], [1.2, 1.0]], rtol=1e-6)
     np.testing.assert_allclose(points["D"], [[0.3, 1.1], [0.6, 1.2], [1.2, 1.5]], rtol=1e-6)
@@ -261,13 +262,13 @@ def test_ratios_of_three_step_sizes(make_study: MakeStudy):
 def test_slow_flows_take_the_place_of_predictions(make_study: MakeStudy):
     slow = [table("SlowFlow", f"slow_{i}", h) for i, h in enumerate((0.1, 0.2, 0.4))]
     rates = RATES | {"slow_0": 0.01, "slow_1": 0.02, "slow_2": 0.05}
-    drawing = drawn(draw_theory_ratios, study(make_study, LADDER + slow, rates, LAWS))
+    drawing = drawn(ratios, study(make_study, LADDER + slow, rates, LAWS))
     np.testing.assert_allclose(markers(drawing)["o"][:, 1], [1.1, 1.2, 1.2], rtol=1e-6)
     assert "prediction of finite step is a slow flow over the same times" in drawing.caption
 
 
 def test_two_step_sizes_show_no_trend(make_study: MakeStudy):
-    assert draw_theory_ratios(study(make_study, LADDER[:2], RATES, LAWS_OF_TWO)) is None
+    assert ratios(study(make_study, LADDER[:2], RATES, LAWS_OF_TWO)) is None
 
 
 # --- sharpness ------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def test_two_step_sizes_show_no_trend(make_study: MakeStudy):
 def test_sharpness_is_drawn_with_that_of_the_flattest_minimum(make_study: MakeStudy):
     runs = [LADDER[0], table("SlowFlow", "slow_0", 0.1)]
     result = study(make_study, runs, {"sgd_0": 0.01, "slow_0": 0.01})
-    drawing = drawn(draw_sharpness, result)
+    drawing = drawn(sharpness, result)
     (axes,) = drawing.figure.axes
     # w1 w2 = 1 with unit inputs: the Hessian has the eigenvalue w1^2 + w2^2 >= 2
     heights = [np.asarray(line.get_ydata()) for line in axes.lines]
@@ -298,16 +299,16 @@ def test_automatic_figures_are_written_after_those_of_the_spec(make_study: MakeS
     ]
     asked = {"kind": "time_series", "observables": ["sharpness"]}
     result = study(make_study, LADDER, RATES, LAWS, asked)
-    assert draw_sharpness(result) is None
-    spec = TimeSeries(kind="time_series", observables=["sharpness"])
-    assert "flattest minimum" in words(drawn(lambda r: draw_time_series(r, spec), result))
+    assert sharpness(result) is None
+    shown = drawn(lambda r: draw_time_series(run_views(r, ()), ["sharpness"]), result)
+    assert "flattest minimum" in words(shown)
 
 
 def test_many_runs_leave_the_slow_flows(make_study: MakeStudy):
     runs = [table("GradientDescent", f"sgd_{i}", 0.1) for i in range(7)]
     runs += [table("SlowFlow", "slow_0", 0.1), table("SlowFlow", "slow_1", 0.1, finite_step=False)]
     result = study(make_study, runs, {run["name"]: 0.01 for run in runs})
-    found = words(drawn(draw_sharpness, result))
+    found = words(drawn(sharpness, result))
     assert "slow_0" in found
     assert "slow_1" not in found
     assert "sgd" not in found
@@ -329,8 +330,8 @@ def test_slow_flows_are_thin_dark_lines_without_an_excess_loss(make_study: MakeS
     assert slow.style.shade < sgd.style.shade
     assert slow.style.dashes != classical.style.dashes
 
-    spec = TimeSeries(kind="time_series", observables=["excess_loss", "imbalance"])
-    drawing = drawn(lambda r: draw_time_series(r, spec), result)
+    watched = ["excess_loss", "imbalance"]
+    drawing = drawn(lambda r: draw_time_series(run_views(r, ()), watched), result)
     above, below = drawing.figure.axes
     strokes = [{line.get_color() for line in axes.lines} for axes in (above, below)]
     assert slow.stroke not in strokes[0]

@@ -19,6 +19,7 @@ from gradflow.analysis.prediction.along import rate_along
 from gradflow.analysis.prediction.predict import predict
 from gradflow.analysis.rates import decay_rate
 from gradflow.analysis.unmeasured import in_spec
+from gradflow.backend.whole_file import write_whole
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.results.trajectory import Trajectory
 from gradflow.simulation.divergence import DivergedWarning
@@ -165,12 +166,11 @@ class _Job:
             progress=self._progress_of(spec.name),
         )
         folder = self.plan.out / ORDERS
-        folder.mkdir(exist_ok=True)
-        measured.point_table().to_csv(folder / f"{spec.name}.csv", index=False)
+        write_whole(folder / f"{spec.name}.csv", measured.point_table().to_csv(index=False))
         notes = tuple(self.warnings)
         result = OrdersResult(spec.name, spec.title, spec, measured, notes)
         text = json.dumps(orders_record(result), indent=2, allow_nan=False)
-        (folder / f"{spec.name}.json").write_text(f"{text}\n", "utf-8")
+        write_whole(folder / f"{spec.name}.json", f"{text}\n")
         return result
 
     def _progress_of(self, name: str) -> Callable[[float, float, str], None]:
@@ -202,7 +202,7 @@ class _Job:
     def _result(self, prepared: PreparedRun, trajectory: Trajectory) -> RunResult:
         run = prepared.spec
         notes = list(self.warnings)
-        result = RunResult(run.name, run.title, run.group, run, trajectory)
+        result = RunResult(run.name, run.title, run.group, trajectory, spec=run)
         if diverged := divergence(result):
             notes.append(diverged)
         if not self.plan.evaluate or trajectory.interrupted:

@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from gradflow.backend.whole_file import write_whole
+
 STATUS = "status.json"
 _MADE_BY = "gradflow"
 
@@ -51,7 +53,7 @@ class ResultFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file of the folder."""
         path = self.path / name
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
         return path
 
     def write_json(self, name: str, value: Any) -> Path:

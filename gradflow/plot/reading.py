@@ -1,4 +1,4 @@
-"""What figures read off a study: runs with their colours, series with their bands."""
+"""What figures read off runs: their colours and strokes, series with their bands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,18 +8,16 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float
 
+from gradflow.analysis.comparison.evaluated import EvaluatedRun
 from gradflow.dynamics.effective_time import differ_in_momentum, effective_time, momentum_of
-from gradflow.report.style import LineStyle, group_colours, line_style, shaded
-from gradflow.study.results import RunResult, StudyResult
-from gradflow.study.spec.spec import RunSpec
-from gradflow.study.spec.tables import SlowFlow
+from gradflow.plot.style import LineStyle, shaded
 
 
 @dataclass(frozen=True)
 class RunView:
     """One run as a figure sees it."""
 
-    run: RunResult
+    run: EvaluatedRun
     dataset: xr.Dataset
     colour: str
     """Colour of the regularizer group."""
@@ -30,7 +28,7 @@ class RunView:
 
     @property
     def name(self) -> str:
-        """Returns the name of the run in the spec."""
+        """Returns what the run is called among the others."""
         return self.run.name
 
     @property
@@ -77,7 +75,7 @@ class RunView:
     @property
     def is_slow(self) -> bool:
         """Returns whether the run lies on the minima from its start on."""
-        return isinstance(self.run.spec.dynamics, SlowFlow)
+        return self.run.is_slow
 
     @property
     def optimization_end(self) -> float:
@@ -108,34 +106,6 @@ class Series:
         return np.where(bad, np.nan, out)
 
 
-def run_views(result: StudyResult, names: Sequence[str]) -> tuple[RunView, ...]:
-    """Returns the named runs (all when ``names`` is empty), with the study's colours.
-
-    Colours are given over the whole spec, so a group has the same colour in every figure. Runs
-    that did not finish are left out; :func:`missing_runs` names them.
-
-    **Raises:** ``ValueError`` for a name that is not a run of the study.
-    """
-    known = {spec.name for spec in result.spec.run}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(
-            f"runs: {unknown[0]!r} is not a run of this study; the runs are {sorted(known)}"
-        )
-    colours = group_colours([_group(spec) for spec in result.spec.run])
-    shades = _shades(result)
-    return tuple(
-        RunView(
-            run=run,
-            dataset=run.trajectory.to_xarray(),
-            colour=colours[_group(run.spec)],
-            style=shades[name],
-        )
-        for name, run in result.runs.items()
-        if not names or name in names
-    )
-
-
 def on_common_clock(views: Sequence[RunView]) -> tuple[RunView, ...]:
     r"""Returns runs whose times can be laid side by side.
 
@@ -152,41 +122,6 @@ def _in_effective_time(view: RunView) -> RunView:
     time = effective_time(dynamics, view.dataset["time"].values)
     dataset = view.dataset.assign_coords(time=("time", time, attrs))
     return replace(view, dataset=dataset, pace=1.0 - momentum_of(dynamics))
-
-
-def _group(spec: RunSpec) -> str:
-    """Returns the group of a run; runs without one are grouped by their regularizers."""
-    return spec.group or ", ".join(regularizer.kind for regularizer in spec.regularizers)
-
-
-def _shades(result: StudyResult) -> dict[str, LineStyle]:
-    """Gives every run its stroke: runs of one group and one dynamics go from dark to light."""
-    families: dict[tuple[str, str], list[str]] = {}
-    for spec in result.spec.run:
-        families.setdefault((_group(spec), _stroke_of(spec)), []).append(spec.name)
-    styles = {}
-    for (_, kind), members in families.items():
-        base = line_style(kind)
-        spread = min(0.3, 0.15 * (len(members) - 1))
-        shades = np.clip(base.shade + np.linspace(-spread, spread, len(members)), -0.6, 0.6)
-        for name, shade in zip(members, shades, strict=True):
-            styles[name] = replace(base, shade=float(shade))
-    return styles
-
-
-def _stroke_of(spec: RunSpec) -> str:
-    """Returns the name by which the stroke of a run's dynamics is known."""
-    is_classical = isinstance(spec.dynamics, SlowFlow) and not spec.dynamics.finite_step
-    return "classical SlowFlow" if is_classical else spec.dynamics.kind
-
-
-def missing_runs(result: StudyResult, names: Sequence[str]) -> list[str]:
-    """Returns the labels of the named runs (all when empty) that did not finish."""
-    return [
-        spec.title
-        for spec in result.spec.run
-        if spec.name not in result.runs and (not names or spec.name in names)
-    ]
 
 
 def series(

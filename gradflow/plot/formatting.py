@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from gradflow.report.style import superscript
+from gradflow.plot.style import superscript
 
 MISSING = "\u2013"
 

@@ -2,20 +2,24 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import equinox as eqx
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from gradflow.analysis.comparison.agreement import AGREE, UNDECIDED, decide
+from gradflow.analysis.comparison.evaluated import EvaluatedRun
 from gradflow.analysis.local_rates import local_rates
 from gradflow.analysis.rates import FEWEST_POINTS, Rate, decay_rate
 from gradflow.analysis.statistics import read_paths, trapezoid_weights, weighted_line
-from gradflow.report.reading import RunView, run_views
-from gradflow.study.results import StudyResult
-from gradflow.study.spec.tables import GradientDescent, SlowFlow, StochasticFlow
+from gradflow.dynamics.base import AbstractDynamics
+from gradflow.dynamics.descent import GradientDescent
+from gradflow.dynamics.effective_time import momentum_of
+from gradflow.dynamics.slow_flow import SlowFlow
+from gradflow.dynamics.stochastic_flow import StochasticFlow
 
 TOLERANCE = 0.05
 """Relative difference of two rates within which they agree."""
@@ -81,7 +85,7 @@ class Compared:
 class TheoryRow:
     r"""One training with everything that is said of its imbalance rate, per unit flow time.
 
-    - `view`: the run of SGD, or the first of the others where there is none.
+    - `run`: that of SGD, or the first of the others where there is none.
     - `step_size`, `h_lambda`: $h$ and $h \lambda_{\max}$ at the start of the phase; NaN if unknown.
     - `measured`: SGD; None where it has no rate.
     - `leading_order`, `finite_step`: predicted at the start of the phase.
@@ -90,7 +94,7 @@ class TheoryRow:
     - `changes`: whether the measured rate changes along the run.
     """
 
-    view: RunView
+    run: EvaluatedRun
     step_size: float
     h_lambda: float
     measured: Measured | None
@@ -104,10 +108,10 @@ class TheoryRow:
     @property
     def label(self) -> str:
         """Returns what people call the regularizer: the group, or the run that has none."""
-        return self.view.run.group or self.view.label
+        return self.run.group or self.run.label
 
 
-def compared_rates(result: StudyResult) -> Counter[str]:
+def compared_rates(runs: Iterable[EvaluatedRun]) -> Counter[str]:
     """Returns how many measured imbalance rates agree with theory, miss it, and so on.
 
     Every run with a rate and a prediction counts, but slow flows, which are theory themselves: as
@@ -116,63 +120,72 @@ def compared_rates(result: StudyResult) -> Counter[str]:
     """
     said = {"agree": "agrees", "differ": "misses", "undecided": "undecided"}
     counts: Counter[str] = Counter()
-    for view in run_views(result, ()):
-        rate, prediction = view.run.rate, view.run.prediction
-        if rate is None or prediction is None or view.is_slow:
+    for run in runs:
+        rate, prediction = run.rate, run.prediction
+        if rate is None or prediction is None or run.is_slow:
             continue
         if not math.isfinite(prediction.imbalance_rate):
             continue
-        measured, predicted = _of_run(view, rate), Measured(prediction.imbalance_rate)
+        measured, predicted = _of_run(run, rate), Measured(prediction.imbalance_rate)
         words = [judged(one, predicted).word for one in (measured, *map(Measured, measured.local))]
         moves = measured.local and set(words) != {"agree"}
         counts["not constant" if moves else said[words[0]]] += 1
     return counts
 
 
-def theory_rows(result: StudyResult) -> list[TheoryRow]:
+def theory_rows(runs: Sequence[EvaluatedRun]) -> list[TheoryRow]:
     """Returns one row for each run of SGD, with the SDEs and slow flows of the same training.
 
-    They belong together if data, network, regularizers, step size and momentum are the same.
+    They belong together if problem, start, step size and momentum are the same.
     SDEs and slow flows without SGD have rows of their own; trainings of which no rate is known
     have none.
     """
-    views = run_views(result, ())
-    trainings: dict[tuple[str, ...], list[RunView]] = {}
-    for view in views:
-        if isinstance(view.run.spec.dynamics, GradientDescent | StochasticFlow | SlowFlow):
-            trainings.setdefault(_training(result, view), []).append(view)
+    trainings: list[list[EvaluatedRun]] = []
+    for run in runs:
+        if isinstance(run.trajectory.dynamics, GradientDescent | StochasticFlow | SlowFlow):
+            for members in trainings:
+                if _same_training(members[0], run):
+                    members.append(run)
+                    break
+            else:
+                trainings.append([run])
     rows = []
-    for members in trainings.values():
-        descents = [v for v in members if isinstance(v.run.spec.dynamics, GradientDescent)]
-        others = [v for v in members if v not in descents]
+    for members in trainings:
+        descents = [r for r in members if isinstance(r.trajectory.dynamics, GradientDescent)]
+        others = [r for r in members if r not in descents]
         rows += [_row(one, others) for one in descents] or [_row(None, others)]
-    order = {view.name: i for i, view in enumerate(views)}
+    order = {run.name: i for i, run in enumerate(runs)}
     known = [row for row in rows if _says_something(row)]
-    return sorted(known, key=lambda row: order[row.view.name])
+    return sorted(known, key=lambda row: order[row.run.name])
 
 
-def _training(result: StudyResult, view: RunView) -> tuple[str, ...]:
-    """Returns what is the same for SGD, its SDE and its slow flow."""
-    run = view.run.spec
-    dynamics = run.dynamics.model_dump()
-    momentum = dynamics.get("momentum", 0.0)
-    method = (
-        str(dynamics["step_size"]),
-        str(momentum),
-        str(dynamics["decay"] if momentum else "coupled"),
-        str(dynamics.get("nesterov", False)),
-        str(dynamics.get("optimizer")),
+def _same_training(first: EvaluatedRun, second: EvaluatedRun) -> bool:
+    """Returns whether two runs are of one training: SGD, its SDE and its slow flow."""
+    one, other = first.trajectory, second.trajectory
+    return (
+        _method(one.dynamics) == _method(other.dynamics)
+        and bool(eqx.tree_equal(one.problem, other.problem))
+        and bool(eqx.tree_equal(one.start, other.start))
     )
-    problem = (result.spec.data_of(run), result.spec.network_of(run), *run.regularizers)
-    return (*method, *(part.model_dump_json() for part in problem))
 
 
-def _row(descent: RunView | None, others: Sequence[RunView]) -> TheoryRow:
-    view = descent or others[0]
-    rate, prediction = view.run.rate, view.run.prediction
+def _method(dynamics: AbstractDynamics) -> tuple[str, ...]:
+    momentum = momentum_of(dynamics)
+    return (
+        str(getattr(dynamics, "schedule", None) or dynamics.step_size),
+        str(momentum),
+        str(getattr(dynamics, "decay", "coupled") if momentum else "coupled"),
+        str(getattr(dynamics, "nesterov", False)),
+        str(getattr(dynamics, "optimizer", None)),
+    )
+
+
+def _row(descent: EvaluatedRun | None, others: Sequence[EvaluatedRun]) -> TheoryRow:
+    run = descent or others[0]
+    rate, prediction = run.rate, run.prediction
     window = None if rate is None else rate.window
     measured = None if descent is None else _measured(descent, window)
-    changes = measured is not None and window is not None and _changes(view, measured, window)
+    changes = measured is not None and window is not None and _changes(run, measured, window)
 
     def compared(name: str, number: Measured | None, at_start: bool) -> Compared | None:
         if number is None or not math.isfinite(number.value):
@@ -182,20 +195,20 @@ def _row(descent: RunView | None, others: Sequence[RunView]) -> TheoryRow:
             verdict = Verdict("undecided", verdict.relative, verdict.sigmas, CHANGES)
         return Compared(name, number, verdict)
 
-    def beside(other: RunView, name: str) -> Compared | None:
+    def beside(other: EvaluatedRun, name: str) -> Compared | None:
         number = _measured(other, window)
-        if descent is not None and _is_smooth(other):
+        if descent is not None and other.is_smooth:
             number = _followed(other, descent, window)
         return compared(name, number, at_start=False)
 
     slow: dict[bool, Compared | None] = {True: None, False: None}
     equations = []
-    if view.run.along is not None and prediction is not None and prediction.slow is not None:
+    if run.along is not None and prediction is not None and prediction.slow is not None:
         is_finite = prediction.slow.theory == "finite_step"
         name = "" if is_finite else "h \u2192 0"
-        slow[is_finite] = compared(name, _of_rate(view.run.along, 0.0), at_start=False)
+        slow[is_finite] = compared(name, _of_rate(run.along, 0.0), at_start=False)
     for other in others:
-        dynamics = other.run.spec.dynamics
+        dynamics = other.trajectory.dynamics
         if isinstance(dynamics, SlowFlow):
             name = "" if dynamics.finite_step else "h \u2192 0"
             slow[dynamics.finite_step] = beside(other, name)
@@ -206,11 +219,11 @@ def _row(descent: RunView | None, others: Sequence[RunView]) -> TheoryRow:
     if prediction is not None:
         leading = Measured(prediction.leading_rate)
         # the prediction for an SDE is that of small steps
-        is_sde = isinstance(view.run.spec.dynamics, StochasticFlow)
+        is_sde = isinstance(run.trajectory.dynamics, StochasticFlow)
         finite = None if is_sde else Measured(prediction.imbalance_rate)
-    step_size = view.run.trajectory.dynamics.step_size
+    step_size = run.trajectory.dynamics.step_size
     return TheoryRow(
-        view=view,
+        run=run,
         step_size=math.nan if step_size is None else float(step_size),
         h_lambda=math.nan if prediction is None else prediction.sharpness,
         measured=measured,
@@ -228,20 +241,20 @@ def _says_something(row: TheoryRow) -> bool:
     return row.measured is not None or any((*theory, *row.stochastic_flows))
 
 
-def _measured(view: RunView, window: tuple[float, float] | None) -> Measured | None:
+def _measured(run: EvaluatedRun, window: tuple[float, float] | None) -> Measured | None:
     """Returns the decay rate of the imbalance in a window, None where it cannot be measured."""
     if window is None:
         return None
-    trajectory = view.run.trajectory
+    trajectory = run.trajectory
     try:
         rate = decay_rate(trajectory, "imbalance", window)
     except ValueError:
         return None
-    return _of_run(view, rate)
+    return _of_run(run, rate)
 
 
-def _of_run(view: RunView, rate: Rate) -> Measured:
-    return _of_rate(rate, 0.0 if rate.replicas == 1 and _is_smooth(view) else rate.standard_error)
+def _of_run(run: EvaluatedRun, rate: Rate) -> Measured:
+    return _of_rate(rate, 0.0 if rate.replicas == 1 and run.is_smooth else rate.standard_error)
 
 
 def _of_rate(rate: Rate, error: float) -> Measured:
@@ -249,21 +262,16 @@ def _of_rate(rate: Rate, error: float) -> Measured:
     return Measured(rate.value, error, rate.replicas, rate.independent, local)
 
 
-def _is_smooth(view: RunView) -> bool:
-    trajectory = view.run.trajectory
-    return not trajectory.dynamics.is_random(trajectory.problem)
-
-
 def _followed(
-    slow: RunView, descent: RunView, window: tuple[float, float] | None
+    slow: EvaluatedRun, descent: EvaluatedRun, window: tuple[float, float] | None
 ) -> Measured | None:
     """Returns the rate of a path without noise, fitted at the times at which SGD was."""
     if window is None:
         return None
-    saved = np.asarray(descent.run.trajectory.time, dtype=float)
+    saved = np.asarray(descent.trajectory.time, dtype=float)
     time = saved[(saved >= window[0]) & (saved <= window[1])]
     try:
-        path = read_paths(slow.run.trajectory, "imbalance")
+        path = read_paths(slow.trajectory, "imbalance")
     except ValueError:
         return None
     inside = path.time[0] <= time[0] and time[-1] <= path.time[-1] * (1 + 1e-9)
@@ -275,10 +283,10 @@ def _followed(
     return Measured(-float(slope[0]), local=() if local.constant else local.values)
 
 
-def _changes(view: RunView, whole: Measured, window: tuple[float, float]) -> bool:
+def _changes(run: EvaluatedRun, whole: Measured, window: tuple[float, float]) -> bool:
     """Returns whether the rate early in a window differs from that of all of it."""
     start, stop = window
-    parts = [_measured(view, (start, start + share * (stop - start))) for share in _EARLY]
+    parts = [_measured(run, (start, start + share * (stop - start))) for share in _EARLY]
     return any(part is not None and judged(part, whole).word == "differ" for part in parts)
 
 

@@ -11,12 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from gradflow.report.drawing import Drawing, divergence_note, legend_below, legend_height, sentence
-from gradflow.report.formatting import number
-from gradflow.report.reading import RunView, diverged_text, run_views
-from gradflow.report.style import INK, MUTED, axis_label, log_axis, new_figure, shaded
-from gradflow.study.results import StudyResult
-from gradflow.study.spec.spec import Rates
+from gradflow.plot.drawing import Drawing, divergence_note, legend_below, legend_height, sentence
+from gradflow.plot.formatting import number
+from gradflow.plot.reading import RunView, diverged_text
+from gradflow.plot.style import INK, MUTED, axis_label, log_axis, new_figure, shaded
 
 _TITLES = {
     "optimization_rate": ("optimization rate", "1/flow time"),
@@ -41,20 +39,24 @@ class _Row:
     constant: bool = True
 
 
-def draw_rates(result: StudyResult, spec: Rates) -> Drawing:
+def draw_rates(
+    views: Sequence[RunView],
+    *,
+    title: str = "",
+    caption: str = "",
+    quantities: Sequence[str] = tuple(_TITLES),
+) -> Drawing:
     """Draws measured rates with 95 % intervals against predicted ones, one row for each run.
 
-    One panel for each of ``spec.quantities``: ``optimization_rate`` (how fast the excess loss
+    One panel for each of ``quantities``: ``optimization_rate`` (how fast the excess loss
     decays), ``regularization_rate`` (how fast the imbalance decays afterwards) and ``separation``
     (their ratio). A run without a rate says why.
     """
-    views = run_views(result, spec.runs)
-    quantities = list(spec.quantities)
     table = {quantity: [_row(view, quantity) for view in views] for quantity in quantities}
     marks = _handles()
     lines = sum(_row_label(view).count("\n") + 1.6 for view in views)
     panel = 0.16 * max(lines, 4.0) + 0.75
-    figure = new_figure(panel * len(quantities) + 0.45 + legend_height(marks, []), spec.title)
+    figure = new_figure(panel * len(quantities) + 0.45 + legend_height(marks, []), title)
     panels = figure.subplots(len(quantities), 1, squeeze=False)[:, 0]
     for axes, quantity in zip(panels, quantities, strict=True):
         _draw_panel(axes, views, table[quantity])
@@ -64,7 +66,7 @@ def draw_rates(result: StudyResult, spec: Rates) -> Drawing:
         axes.set_ylim(len(views) - 0.4, -0.6)
     figure.align_ylabels(panels)
     legend_below(figure, marks[:1], marks[1:])
-    return Drawing(figure, _caption(views, table, spec))
+    return Drawing(figure, _caption(views, table, caption))
 
 
 def _row_label(view: RunView) -> str:
@@ -191,7 +193,7 @@ def _handles() -> list[Line2D]:
     ]
 
 
-def _caption(views: Sequence[RunView], table: dict[str, list[_Row]], spec: Rates) -> str:
+def _caption(views: Sequence[RunView], table: dict[str, list[_Row]], caption: str) -> str:
     single = any(
         math.isfinite(row.measured) and not math.isfinite(row.low)
         for rows in table.values()
@@ -210,7 +212,7 @@ def _caption(views: Sequence[RunView], table: dict[str, list[_Row]], spec: Rates
         if not row.constant
     )
     return sentence(
-        spec.caption or "Measured rates against the predictions of theory, one row for each run.",
+        caption or "Measured rates against the predictions of theory, one row for each run.",
         *sorted(cut),
         f"The rate is not constant along {', '.join(changing)}: there the bar spans thirds of the "
         "window, and the prediction is that at its start."

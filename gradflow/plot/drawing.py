@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gradflow.report.formatting import number
-from gradflow.report.reading import RunView, diverged_text
-from gradflow.report.style import INK, MUTED
+from gradflow.plot.formatting import number
+from gradflow.plot.reading import RunView, diverged_text
+from gradflow.plot.style import INK, MUTED
 
 _LEGEND_LETTERS = 74
 """Letters of the longest labels of two columns that fit side by side."""

@@ -8,8 +8,8 @@ from matplotlib.lines import Line2D
 
 from gradflow.analysis.convergence.fit import SIGNIFICANT
 from gradflow.analysis.convergence.results import OrderPoints, OrderRow, Orders
-from gradflow.report.drawing import Drawing, legend_below, legend_height, sentence
-from gradflow.report.style import (
+from gradflow.plot.drawing import Drawing, legend_below, legend_height, sentence
+from gradflow.plot.style import (
     FAINT,
     MUTED,
     OKABE_ITO,

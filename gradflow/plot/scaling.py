@@ -9,14 +9,10 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from gradflow.report.drawing import Drawing, divergence_note, legend_below, legend_height, sentence
-from gradflow.report.formatting import with_error
-from gradflow.report.reading import RunView, observable_label, run_views
-from gradflow.report.style import MUTED, axis_label, log_axis, new_figure, shaded
-from gradflow.study.claims.measures import MEASURES
-from gradflow.study.results import StudyResult
-from gradflow.study.spec.check import parameters
-from gradflow.study.spec.spec import ClaimSpec, Scaling
+from gradflow.plot.drawing import Drawing, divergence_note, legend_below, legend_height, sentence
+from gradflow.plot.formatting import with_error
+from gradflow.plot.reading import RunView, observable_label
+from gradflow.plot.style import MUTED, axis_label, log_axis, new_figure, shaded
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -52,33 +48,61 @@ _QUANTITIES = {
 
 
 @dataclass(frozen=True)
-class _Point:
+class Point:
+    """What was measured on a run.
+
+    - `parameter`: of the run, the horizontal axis.
+    - `value`, `error`: the quantity and its standard error, 0 where there is none.
+    """
+
     view: RunView
-    x: float
-    y: float
-    error: float
-    negative: bool
+    parameter: float
+    value: float
+    error: float = 0.0
+
+    @property
+    def size(self) -> float:
+        """Returns the height of the point on the logarithmic axis."""
+        return abs(self.value)
 
 
-def draw_scaling(result: StudyResult, spec: Scaling) -> Drawing:
+def draw_scaling(
+    points: Sequence[Point],
+    quantity: str,
+    parameter: str,
+    *,
+    title: str = "",
+    caption: str = "",
+    observable: str | None = None,
+    slope: float | None = None,
+    notes: Sequence[str] = (),
+) -> Drawing:
     """Draws |quantity| against a parameter of the runs, both axes logarithmic.
 
-    The quantity is measured as in claims. Each group of runs has its colour and its fitted slope,
-    a least-squares line through the logarithms; ``spec.slope`` adds a grey reference line through
-    the middle of the points.
+    Each group of runs has its colour and its fitted slope, a least-squares line through the
+    logarithms.
 
-    **Raises:** ``ValueError`` when a run lacks the parameter or no run gives a positive point.
+    **Arguments:**
+
+    - `points`: what was measured on each run.
+    - `quantity`, `parameter`: what they are called, as in claims.
+    - `title`, `caption`: texts above and below; the caption has a default, `notes` follow it.
+    - `observable`: what the quantity is measured on.
+    - `slope`: of a grey reference line through the middle of the points.
+
+    **Raises:** ``ValueError`` when no point has a place on logarithmic axes.
     """
-    views = run_views(result, spec.runs)
-    points, notes = _measure(views, spec)
+    lost = [p for p in points if not math.isfinite(p.value) or p.value == 0.0]
+    notes = [*notes, *(f"{p.view.label} has no point: its value is {p.value:g}." for p in lost)]
+    points = [p for p in points if p not in lost]
     if not points:
         raise ValueError(
-            f"quantity: {spec.quantity!r} could not be measured on any run of the figure: "
+            f"quantity: {quantity!r} could not be measured on any run of the figure: "
             + " ".join(notes)
         )
     groups = list(dict.fromkeys(_family(p.view) for p in points))
     lines = []
-    figure = new_figure(3.6 + 0.185 * len(groups), spec.title)
+    figure = new_figure(3.6 + 0.185 * len(groups), title)
     axes = figure.add_subplot()
     for number, key in enumerate(groups):
         chosen = [p for p in points if _family(p.view) == key]
@@ -86,62 +110,32 @@ def draw_scaling(result: StudyResult, spec: Scaling) -> Drawing:
         if sum(colour == key[0] for colour, _ in groups) > 1:
             label = f"{label}, {key[1]}"
         lines.append(_draw_group(axes, chosen, label, _MARKERS[number % len(_MARKERS)]))
-    marks = [_draw_reference(axes, points, spec.slope)] if spec.slope is not None else []
+    marks = [_draw_reference(axes, points, slope)] if slope is not None else []
     _set_limits(axes, points)
-    axes.set_xlabel(axis_label(*_PARAMETERS.get(spec.parameter, (spec.parameter, ""))))
-    axes.set_ylabel(_quantity_label(views[0], spec))
+    axes.set_xlabel(axis_label(*_PARAMETERS.get(parameter, (parameter, ""))))
+    axes.set_ylabel(_quantity_label(points[0].view, quantity, observable))
     figure.set_figheight(3.3 + legend_height(lines, marks))
     legend_below(figure, lines, marks)
-    negative = sum(p.negative for p in points)
-    caption = sentence(
-        spec.caption or "Points are runs with one standard error; lines are least-squares fits.",
+    negative = sum(p.value < 0 for p in points)
+    text = sentence(
+        caption or "Points are runs with one standard error; lines are least-squares fits.",
         f"Absolute values: {negative} of {len(points)} values are negative." if negative else "",
         *notes,
-        divergence_note(views),
+        divergence_note([p.view for p in points]),
     )
-    return Drawing(figure, caption)
+    return Drawing(figure, text)
 
 
 def _family(view: RunView) -> tuple[str, str]:
     """Returns what the runs of one fitted line share: the group's colour and the dynamics."""
-    return view.colour, view.run.spec.dynamics.kind
+    return view.colour, type(view.run.trajectory.dynamics).__name__
 
 
-def _measure(views: Sequence[RunView], spec: Scaling) -> tuple[list[_Point], list[str]]:
-    """Measures every run; says which ones have no place on log axes and why."""
-    points, notes = [], []
-    for view in views:
-        known = parameters(view.run.spec)
-        if spec.parameter not in known:
-            raise ValueError(
-                f"parameter: run {view.name!r} has no {spec.parameter!r}; it has {sorted(known)}"
-            )
-        claim = ClaimSpec(
-            sentence=spec.title or spec.kind,
-            quantity=spec.quantity,
-            run=view.name,
-            observable=spec.observable,
-            component=spec.component,
-            window=spec.window,
-        )
-        try:
-            measured = MEASURES[spec.quantity](claim, [view.run])
-        except ValueError as error:
-            notes.append(f"{view.label} has no point: {error}.")
-            continue
-        value = measured.value
-        if not math.isfinite(value) or value == 0.0:
-            notes.append(f"{view.label} has no point: its value is {value:g}.")
-            continue
-        error = 0.0 if measured.error is None else measured.error
-        points.append(_Point(view, known[spec.parameter], abs(value), error, value < 0))
-    return points, notes
-
-
-def _draw_group(axes: Axes, points: Sequence[_Point], label: str, marker: str) -> Line2D:
+def _draw_group(axes: Axes, points: Sequence[Point], label: str, marker: str) -> Line2D:
     """Draws the points of one group with their fitted line; returns the legend entry."""
     colour = shaded(points[0].view.colour, -0.1)
-    x, y, error = (np.array([getattr(p, k) for p in points]) for k in ("x", "y", "error"))
+    x, y = _coordinates(points)
+    error = np.array([p.error for p in points])
     # an error bar must not reach zero on a log axis
     below = np.minimum(error, 0.95 * y)
     axes.errorbar(
@@ -179,9 +173,9 @@ def fit_slope(
     return slope, spread if spread > 0 else math.nan, level
 
 
-def _draw_reference(axes: Axes, points: Sequence[_Point], slope: float) -> Line2D:
+def _draw_reference(axes: Axes, points: Sequence[Point], slope: float) -> Line2D:
     """Draws a line of a given slope through the middle of all points."""
-    x, y = np.array([p.x for p in points]), np.array([p.y for p in points])
+    x, y = _coordinates(points)
     level = np.mean(np.log(y)) - slope * np.mean(np.log(x))
     ends = np.array([x.min() / 1.15, x.max() * 1.15])
     look = {"color": MUTED, "lw": 1.2, "linestyle": (0.0, (5.0, 2.0))}
@@ -189,21 +183,27 @@ def _draw_reference(axes: Axes, points: Sequence[_Point], slope: float) -> Line2
     return Line2D([], [], label=f"slope {slope:g}", **look)
 
 
-def _set_limits(axes: Axes, points: Sequence[_Point]) -> None:
-    x, y = np.array([p.x for p in points]), np.array([p.y for p in points])
+def _set_limits(axes: Axes, points: Sequence[Point]) -> None:
+    x, y = _coordinates(points)
     axes.set_xlim(x.min() / 1.3, x.max() * 1.3)
     axes.set_ylim(y.min() / 2.0, y.max() * 2.0)
     log_axis(axes, "x")
     log_axis(axes, "y")
 
 
-def _quantity_label(view: RunView, spec: Scaling) -> str:
-    name, units = _QUANTITIES.get(spec.quantity, (spec.quantity.replace("_", " "), ""))
-    if spec.observable is None or spec.quantity in ("optimization_end", "optimization_rate"):
+def _coordinates(
+    points: Sequence[Point],
+) -> tuple[Float[np.ndarray, " run"], Float[np.ndarray, " run"]]:
+    return np.array([p.parameter for p in points]), np.array([p.size for p in points])
+
+
+def _quantity_label(view: RunView, quantity: str, observable: str | None) -> str:
+    name, units = _QUANTITIES.get(quantity, (quantity.replace("_", " "), ""))
+    if observable is None or quantity in ("optimization_end", "optimization_rate"):
         return axis_label(name, units)
-    of_name, of_units = observable_label(view, spec.observable)
-    if spec.quantity == "rate":
+    of_name, of_units = observable_label(view, observable)
+    if quantity == "rate":
         return axis_label(f"decay rate of the {of_name}", units)
-    if spec.quantity == "drift":
+    if quantity == "drift":
         return axis_label(f"drift of the {of_name}", f"{of_units}/flow time")
     return axis_label(f"{name} {of_name}", units or of_units)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gradflow.report.formatting import duration, interval, number, with_error
+from gradflow.plot.formatting import duration, interval, number, with_error
 
 NAN = float("nan")
 

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from gradflow.report.bounds import sharpness_bounds
-from gradflow.report.drawing import (
+from gradflow.plot.bounds import sharpness_bounds
+from gradflow.plot.drawing import (
     Drawing,
     cross_marker,
     divergence_note,
@@ -21,18 +21,15 @@ from gradflow.report.drawing import (
     run_handle,
     sentence,
 )
-from gradflow.report.formatting import number
-from gradflow.report.reading import (
+from gradflow.plot.formatting import number
+from gradflow.plot.reading import (
     RunView,
     Series,
     on_common_clock,
-    run_views,
     series,
     time_label,
 )
-from gradflow.report.style import MUTED, axis_label, log_axis, new_figure, shaded
-from gradflow.study.results import StudyResult
-from gradflow.study.spec.spec import TimeSeries
+from gradflow.plot.style import MUTED, Scale, axis_label, log_axis, new_figure, shaded
 
 _FLOORS = {"excess_loss": "loss_floor"}
 """Observables that have a predicted plateau, and the observable that holds it."""
@@ -45,7 +42,19 @@ _OPTIMIZATION = "#eeeeea"
 _PANEL = 2.15
 
 
-def draw_time_series(result: StudyResult, spec: TimeSeries) -> Drawing:
+def draw_time_series(
+    views: Sequence[RunView],
+    observables: Sequence[str],
+    *,
+    title: str = "",
+    caption: str = "",
+    component: Sequence[int] | None = None,
+    relative: bool = False,
+    x_scale: Scale = "linear",
+    y_scale: Scale | Sequence[Scale] = "linear",
+    decades: float = 12.0,
+    mark_phases: bool = True,
+) -> Drawing:
     """Draws observables against flow time, one panel for each.
 
     Lines are replica means and bands hold 10 to 90 % of the replicas; colours are regularizer
@@ -53,52 +62,72 @@ def draw_time_series(result: StudyResult, spec: TimeSeries) -> Drawing:
     excess loss has one, and a dashed one the least sharpness of all minima. The optimization phase
     is shaded, its end marked on every line. Slow flows are not in panels of observables that are 0
     on the minima. Runs with different momenta are drawn in effective time.
+
+    **Arguments:**
+
+    - `views`: the runs, which recorded every one of the `observables`.
+    - `title`, `caption`: texts above and below; the caption has a default.
+    - `component`: the indices of one entry of an observable that is not a number.
+    - `relative`: divide by the value at the start.
+    - `x_scale`, `y_scale`: of the axes; `y_scale` may be one for each observable.
+    - `decades`: how many of them a logarithmic axis shows below its largest value.
+    - `mark_phases`: shade the optimization phase and mark its end.
+
+    **Raises:** `ValueError` for an observable that a run lacks, or that is not a number.
     """
-    views = on_common_clock(run_views(result, spec.runs))
-    shown = [_shown(views, name) for name in spec.observables]
-    scales = [spec.y_scale] if isinstance(spec.y_scale, str) else list(spec.y_scale)
-    if len(scales) not in (1, len(spec.observables)):
+    views = on_common_clock(views)
+    shown = [_shown(views, name) for name in observables]
+    scales = [y_scale] if isinstance(y_scale, str) else list(y_scale)
+    if len(scales) not in (1, len(observables)):
         raise ValueError(
-            f"y_scale: {len(scales)} scales for {len(spec.observables)} observables; "
+            f"y_scale: {len(scales)} scales for {len(observables)} observables; "
             "give one, or one for each"
         )
-    scales = scales * (len(spec.observables) if len(scales) == 1 else 1)
+    scales = scales * (len(observables) if len(scales) == 1 else 1)
     data = [
-        [series(view, name, spec.component, spec.relative) for view in there]
-        for name, there in zip(spec.observables, shown, strict=True)
+        [series(view, name, component, relative) for view in there]
+        for name, there in zip(observables, shown, strict=True)
     ]
-    floors = [
-        {} if spec.relative else _floors(views, _FLOORS.get(name)) for name in spec.observables
-    ]
-    bounds = [{} if spec.relative else sharpness_bounds(views, name) for name in spec.observables]
+    floors = [{} if relative else _floors(views, _FLOORS.get(name)) for name in observables]
+    bounds = [{} if relative else sharpness_bounds(views, name) for name in observables]
     lines = [run_handle(view) for view in views]
-    marks = _mark_handles(views, any(floors), any(bounds), spec.mark_phases)
-    rows = len(spec.observables)
-    figure = new_figure(_PANEL * rows + 0.65 + legend_height(lines, marks), spec.title)
+    marks = _mark_handles(views, any(floors), any(bounds), mark_phases)
+    rows = len(observables)
+    figure = new_figure(_PANEL * rows + 0.65 + legend_height(lines, marks), title)
     panels: list[Axes] = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
 
     notes: list[str] = []
-    start, stop = _time_limits(data, spec.x_scale)
+    start, stop = _time_limits(data, x_scale)
     for axes, there, panel, floor, bound, scale in zip(
         panels, shown, data, floors, bounds, scales, strict=True
     ):
-        limits = _value_limits(there, panel, floor, bound, scale, spec.decades)
+        limits = _value_limits(there, panel, floor, bound, scale, decades)
         notes += _hidden_values(there, panel, scale, limits)
         _draw_panel(axes, there, panel, floor, scale, limits)
         _draw_bounds(axes, there, bound)
         axes.set_ylabel(axis_label(panel[0].long_name, panel[0].units, 28))
-        if spec.mark_phases:
+        if mark_phases:
             _mark_ends(axes, there, panel, limits)
     for axes in panels:
         axes.set_xlim(start, stop)
-        if spec.x_scale == "log":
+        if x_scale == "log":
             log_axis(axes, "x")
     panels[-1].set_xlabel(time_label(views[0].dataset))
     figure.align_ylabels(panels)
-    if spec.mark_phases:
-        _shade_phases(panels, views, spec.x_scale)
+    if mark_phases:
+        _shade_phases(panels, views, x_scale)
     legend_below(figure, lines, marks)
-    return Drawing(figure, _caption(views, data, floors, any(bounds), spec, notes))
+    names = " and ".join(panel[0].long_name for panel in data)
+    has_start = any(s.time[0] == 0 for panel in data for s in panel)
+    text = sentence(
+        caption or f"{names[0].upper()}{names[1:]} against {_clock(views)}.",
+        *_explanations(views, any(floors), any(bounds)),
+        _slow_note(views, observables),
+        "The start t = 0 is not on the log time axis." if x_scale == "log" and has_start else "",
+        *notes,
+        divergence_note(views),
+    )
+    return Drawing(figure, text)
 
 
 def _shown(views: Sequence[RunView], observable: str) -> list[RunView]:
@@ -296,36 +325,27 @@ def _mark_handles(
     return handles
 
 
-def _caption(
-    views: Sequence[RunView],
-    data: Sequence[Sequence[Series]],
-    floors: Sequence[dict[str, Series]],
-    bounds: bool,
-    spec: TimeSeries,
-    notes: Sequence[str],
-) -> str:
-    names = " and ".join(panel[0].long_name for panel in data)
-    start = spec.x_scale == "log" and any(s.time[0] == 0 for panel in data for s in panel)
-    return sentence(
-        spec.caption or f"{names[0].upper()}{names[1:]} against {_clock(views)}.",
-        "Momenta differ, so the times of all runs are effective: those of steps of size "
-        "h / (1 \u2212 momentum)."
-        if _is_effective(views)
-        else "",
-        "Lines are replica means." if any(view.replicas > 1 for view in views) else "",
-        "Thin lines are the plateau that theory predicts for the excess loss in the "
-        "regularization phase."
-        if any(floors)
-        else "",
-        "Dashed lines are the sharpness of the flattest minimum. No minimum lies below; networks "
-        "on their way to one, and those that noise keeps beside it, may."
-        if bounds
-        else "",
-        _slow_note(views, spec),
-        "The start t = 0 is not on the log time axis." if start else "",
-        *notes,
-        divergence_note(views),
-    )
+def _explanations(views: Sequence[RunView], floors: bool, bounds: bool) -> list[str]:
+    """Says what there is to see beside the lines."""
+    said = []
+    if _is_effective(views):
+        said.append(
+            "Momenta differ, so the times of all runs are effective: those of steps of size "
+            "h / (1 \u2212 momentum)."
+        )
+    if any(view.replicas > 1 for view in views):
+        said.append("Lines are replica means.")
+    if floors:
+        said.append(
+            "Thin lines are the plateau that theory predicts for the excess loss in the "
+            "regularization phase."
+        )
+    if bounds:
+        said.append(
+            "Dashed lines are the sharpness of the flattest minimum. No minimum lies below; "
+            "networks on their way to one, and those that noise keeps beside it, may."
+        )
+    return said
 
 
 def _clock(views: Sequence[RunView]) -> str:
@@ -336,10 +356,10 @@ def _is_effective(views: Sequence[RunView]) -> bool:
     return any(view.pace != 1.0 for view in views)
 
 
-def _slow_note(views: Sequence[RunView], spec: TimeSeries) -> str:
+def _slow_note(views: Sequence[RunView], observables: Sequence[str]) -> str:
     """Says what slow flows leave out."""
     if all(view.is_slow for view in views) or not any(view.is_slow for view in views):
         return ""
     note = "Slow flows start at the minimum that training without noise reaches"
-    lacking = any(len(_shown(views, name)) < len(views) for name in spec.observables)
+    lacking = any(len(_shown(views, name)) < len(views) for name in observables)
     return f"{note}{', so they have no excess loss' if lacking else ''}."

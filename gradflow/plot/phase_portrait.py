@@ -1,6 +1,7 @@
 """Phase portrait: the plane of a scalar network of depth 2, and how every run moves in it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
 
-from gradflow.report.drawing import (
+from gradflow.plot.drawing import (
     Drawing,
     divergence_note,
     end_marker,
@@ -18,15 +19,24 @@ from gradflow.report.drawing import (
     run_handle,
     sentence,
 )
-from gradflow.report.reading import RunView, plane, run_views, scalar_moments
-from gradflow.report.style import FAINT, INK, MUTED, UNREGULARIZED, WIDTH, new_figure
-from gradflow.study.results import StudyResult
-from gradflow.study.spec.spec import PhasePortrait
+from gradflow.plot.reading import RunView, plane, scalar_moments
+from gradflow.plot.style import FAINT, INK, MUTED, UNREGULARIZED, WIDTH, new_figure
 
 _LOSS_COLOURS = LinearSegmentedColormap.from_list("loss", ["#ffffff", "#e9e9ee", "#d3d4de"])
 
 
-def draw_phase_portrait(result: StudyResult, spec: PhasePortrait) -> Drawing:
+Limits = Sequence[float] | None
+
+
+def draw_phase_portrait(
+    views: Sequence[RunView],
+    *,
+    title: str = "",
+    caption: str = "",
+    replicas: int = 3,
+    xlim: Limits = None,
+    ylim: Limits = None,
+) -> Drawing:
     r"""Draws the plane $(w_1, w_2)$ of a scalar network of depth 2.
 
     Shown are the minima $w_1 w_2 = T$, level sets of the loss
@@ -35,9 +45,15 @@ def draw_phase_portrait(result: StudyResult, spec: PhasePortrait) -> Drawing:
     the end of each optimization phase, and the balanced point $|w_1| = |w_2| = \sqrt{|T|}$,
     which is the flattest minimum.
 
+    **Arguments:**
+
+    - `views`: the runs, with their weights stored.
+    - `title`, `caption`: texts above and below; the caption has a default.
+    - `replicas`: how many single replicas are drawn beside the mean.
+    - `xlim`, `ylim`: `[low, high]` of either weight; what holds every path unless given.
+
     **Raises:** ``ValueError`` for networks that are not scalar of depth 2.
     """
-    views = run_views(result, spec.runs)
     paths = {view.name: plane(view) for view in views}
     sxx, target = scalar_moments(views[0])
     if any(not np.allclose(scalar_moments(view), (sxx, target)) for view in views):
@@ -46,29 +62,29 @@ def draw_phase_portrait(result: StudyResult, spec: PhasePortrait) -> Drawing:
             "draw one phase portrait for each"
         )
 
-    xlim, ylim = _limits(paths, target, spec)
-    height = WIDTH * 0.88 * min(1.15, (ylim[1] - ylim[0]) / (xlim[1] - xlim[0]))
+    (left, right), (low, high) = _limits(paths, target, xlim, ylim)
+    height = WIDTH * 0.88 * min(1.15, (high - low) / (right - left))
     lines, marks = [run_handle(view) for view in views], _mark_handles(views)
-    figure = new_figure(height + 0.9 + legend_height(lines, marks), spec.title)
+    figure = new_figure(height + 0.9 + legend_height(lines, marks), title)
     axes = figure.add_subplot()
     axes.set_aspect("equal")
-    axes.set_xlim(*xlim)
-    axes.set_ylim(*ylim)
+    axes.set_xlim(left, right)
+    axes.set_ylim(low, high)
     axes.set_xlabel("first weight w₁  [weight]")
     axes.set_ylabel("second weight w₂  [weight]")
 
     _draw_loss(axes, sxx, target)
     _draw_imbalance_lines(axes)
-    _draw_runs(axes, views, paths, spec.replicas)
+    _draw_runs(axes, views, paths, replicas)
     if not _draw_minima(axes, target, paths):
         marks.append(Line2D([], [], color=INK, lw=1.2, label="minima w₁w₂ = T"))
     _draw_marks(axes, views, paths, target)
     legend_below(figure, lines, marks)
-    return Drawing(figure, _caption(views))
+    return Drawing(figure, _caption(views, caption))
 
 
 def _limits(
-    paths: dict[str, tuple[np.ndarray, np.ndarray]], target: float, spec: PhasePortrait
+    paths: dict[str, tuple[np.ndarray, np.ndarray]], target: float, xlim: Limits, ylim: Limits
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Returns limits that hold every path and the balanced point nearest to the first start."""
     xs = np.concatenate([np.ravel(first) for first, _ in paths.values()])
@@ -84,9 +100,8 @@ def _limits(
     for bound in bounds:
         pad = 0.12 * span + max(0.0, 0.55 * span - (bound[1] - bound[0])) / 2
         bound[0], bound[1] = bound[0] - pad, bound[1] + pad
-    xlim = tuple(spec.xlim or bounds[0])
-    ylim = tuple(spec.ylim or bounds[1])
-    return (float(xlim[0]), float(xlim[1])), (float(ylim[0]), float(ylim[1]))
+    x, y = xlim or bounds[0], ylim or bounds[1]
+    return (float(x[0]), float(x[1])), (float(y[0]), float(y[1]))
 
 
 def _balanced_point(
@@ -190,7 +205,7 @@ def _free_spot(
 
 def _draw_runs(
     axes: Axes,
-    views: tuple[RunView, ...],
+    views: Sequence[RunView],
     paths: dict[str, tuple[np.ndarray, np.ndarray]],
     singles: int,
 ) -> None:
@@ -215,7 +230,7 @@ def _draw_runs(
         )
 
 
-def _rank(view: RunView, views: tuple[RunView, ...]) -> tuple[int, int]:
+def _rank(view: RunView, views: Sequence[RunView]) -> tuple[int, int]:
     """Returns the place of a run's group in the stack and the number of groups.
 
     Different groups often follow the same curve, so the lower ones are drawn broader and stay
@@ -249,7 +264,7 @@ def _tube(first: np.ndarray, second: np.ndarray, colour: str) -> Polygon:
 
 def _draw_marks(
     axes: Axes,
-    views: tuple[RunView, ...],
+    views: Sequence[RunView],
     paths: dict[str, tuple[np.ndarray, np.ndarray]],
     target: float,
 ) -> None:
@@ -302,7 +317,7 @@ def _last(colour: str) -> dict[str, Any]:
     }
 
 
-def _mark_handles(views: tuple[RunView, ...]) -> list[Line2D]:
+def _mark_handles(views: Sequence[RunView]) -> list[Line2D]:
     marks: list[tuple[str, dict[str, Any]]] = [("start", _START)]
     if any(math.isfinite(view.optimization_end) for view in views):
         marks.append(("end of the optimization phase", end_marker()))
@@ -312,10 +327,11 @@ def _mark_handles(views: tuple[RunView, ...]) -> list[Line2D]:
     return [Line2D([], [], label=label, **look) for label, look in marks]
 
 
-def _caption(views: tuple[RunView, ...]) -> str:
+def _caption(views: Sequence[RunView], caption: str) -> str:
     ensembles = any(view.replicas > 1 for view in views)
     return sentence(
-        "The plane of the two weights. Shading shows the loss (white at its minimum, the curve "
+        caption
+        or "The plane of the two weights. Shading shows the loss (white at its minimum, the curve "
         "w₁w₂ = T); grey curves are those that gradient flow follows, since it conserves the "
         "imbalance.",
         "Thick lines are replica means, bands hold 10 to 90\u00a0% of the replicas across the "

@@ -7,7 +7,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from gradflow.report.drawing import (
+from gradflow.plot.drawing import (
     Drawing,
     cross_marker,
     divergence_note,
@@ -17,22 +17,26 @@ from gradflow.report.drawing import (
     run_handle,
     sentence,
 )
-from gradflow.report.reading import RunView, drift, observable_label, run_views, time_label
-from gradflow.report.style import MUTED, axis_label, log_axis, new_figure
-from gradflow.study.results import StudyResult
-from gradflow.study.spec.spec import Conservation
+from gradflow.plot.reading import RunView, drift, observable_label, time_label
+from gradflow.plot.style import MUTED, Scale, axis_label, log_axis, new_figure
 
 _PANEL = 2.5
 
 
-def draw_conservation(result: StudyResult, spec: Conservation) -> Drawing:
+def draw_conservation(
+    views: Sequence[RunView],
+    observables: Sequence[str] = ("imbalance",),
+    *,
+    title: str = "",
+    caption: str = "",
+    x_scale: Scale = "linear",
+) -> Drawing:
     r"""Draws $\max |x(t) - x(0)|$ against flow time on a log axis, one panel for each observable.
 
     The largest value over the entries of the observable and over replicas is shown. A grey line
     is the level of rounding, $\epsilon \max |x(0)|$ with the machine precision $\epsilon$ of the
     run's numbers: what lies there is conserved as well as these numbers can say.
     """
-    views = run_views(result, spec.runs)
     lines = [run_handle(view) for view in views]
     marks: list[Artist] = [
         Line2D(
@@ -41,22 +45,22 @@ def draw_conservation(result: StudyResult, spec: Conservation) -> Drawing:
     ]
     if any(view.diverged.all() for view in views):
         marks.append(Line2D([], [], label="diverged", **cross_marker()))
-    rows = len(spec.observables)
-    figure = new_figure(_PANEL * rows + 0.65 + legend_height(lines, marks), spec.title)
+    rows = len(observables)
+    figure = new_figure(_PANEL * rows + 0.65 + legend_height(lines, marks), title)
     panels: list[Axes] = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
     notes: list[str] = []
-    for axes, observable in zip(panels, spec.observables, strict=True):
+    for axes, observable in zip(panels, observables, strict=True):
         notes += _draw_panel(axes, views, observable)
     times = np.concatenate([view.dataset["time"].values for view in views])
     for axes in panels:
-        axes.set_xlim(times[times > 0].min() if spec.x_scale == "log" else 0.0, times.max())
-        if spec.x_scale == "log":
+        axes.set_xlim(times[times > 0].min() if x_scale == "log" else 0.0, times.max())
+        if x_scale == "log":
             log_axis(axes, "x")
     panels[-1].set_xlabel(time_label(views[0].dataset))
     figure.align_ylabels(panels)
     legend_below(figure, lines, marks)
     caption = sentence(
-        spec.caption
+        caption
         or "How far each quantity has moved from its start: the largest change over entries and "
         "replicas.",
         *notes,

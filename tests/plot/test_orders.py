@@ -9,8 +9,8 @@ from matplotlib.text import Text
 
 from gradflow.analysis.convergence.fit import fit_order
 from gradflow.analysis.convergence.results import OrderPoints, OrderRow, Orders
-from gradflow.report.orders import draw_orders
-from gradflow.report.style import save_figure
+from gradflow.plot.orders import draw_orders
+from gradflow.plot.style import save_figure
 
 H = 0.1 * 0.5 ** np.arange(4)
 

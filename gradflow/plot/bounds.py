@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradflow.geometry.flattest import flattest_minimum
-from gradflow.report.reading import RunView
+from gradflow.plot.reading import RunView
 
 BOUNDED = ("sharpness", "minima_sharpness")
 """Observables with a lower bound at the minima."""

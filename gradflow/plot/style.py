@@ -7,8 +7,6 @@ draw.
 """
 
 import math
-import os
-import tempfile
 import textwrap
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,6 +22,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from gradflow.backend.whole_file import write_whole
+
+Scale = Literal["linear", "log"]
+"""Of an axis."""
 
 WIDTH = 6.5
 """Width of every figure in inches: the text width of a report page."""
@@ -232,21 +235,5 @@ def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
         figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
     text = drawing.getvalue().decode("utf-8").replace(_FONT, f"{_FONT}, {_SIMILAR_FONTS}")
     write_whole(png, pixels.getvalue())
-    write_whole(svg, text.encode("utf-8"))
+    write_whole(svg, text)
     return png, svg
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file aside, flushes it to disk and renames it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

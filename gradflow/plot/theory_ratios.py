@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from gradflow.report.against_theory import Measured, TheoryRow, theory_rows
-from gradflow.report.drawing import Drawing, divergence_note, legend_below, legend_height, sentence
-from gradflow.report.formatting import number
-from gradflow.report.style import INK, MUTED, axis_label, log_axis, new_figure, shaded
-from gradflow.study.results import StudyResult
+from gradflow.analysis.comparison.against_theory import Measured, TheoryRow, theory_rows
+from gradflow.plot.drawing import Drawing, divergence_note, legend_below, legend_height, sentence
+from gradflow.plot.formatting import number
+from gradflow.plot.reading import RunView
+from gradflow.plot.style import INK, MUTED, axis_label, log_axis, new_figure, shaded
 
 TITLE = "Rates against theory"
 
@@ -52,7 +52,7 @@ class _Point:
     error: float
 
 
-def draw_theory_ratios(result: StudyResult) -> Drawing | None:
+def draw_theory_ratios(views: Sequence[RunView]) -> Drawing | None:
     r"""Draws measured over predicted imbalance rates of SGD against $h \lambda_{\max}$.
 
     Both theories are drawn, that of small steps and that of the finite step, with one standard
@@ -63,30 +63,32 @@ def draw_theory_ratios(result: StudyResult) -> Drawing | None:
     `FEWEST` or more different $h \lambda_{\max}$.
     """
     groups: dict[str, list[TheoryRow]] = {}
-    for row in theory_rows(result):
+    for row in theory_rows([view.run for view in views]):
         if row.measured is not None and math.isfinite(row.h_lambda):
             groups.setdefault(row.label, []).append(row)
     chosen = {name: rows for name, rows in groups.items() if _is_trend(rows)}
     if not chosen:
         return None
-    colours = [
-        Line2D([], [], color=shaded(rows[0].view.colour, -0.1), lw=2.8, label=name)
-        for name, rows in chosen.items()
-    ]
+    view_of = {view.name: view for view in views}
+    colour_of = {
+        name: shaded(view_of[rows[0].run.name].colour, -0.1) for name, rows in chosen.items()
+    }
+    colours = [Line2D([], [], color=c, lw=2.8, label=name) for name, c in colour_of.items()]
     marks = [_handle(_FINITE), _handle(_LEADING)]
     figure = new_figure(3.1 + legend_height(colours, marks), TITLE)
     axes = figure.add_subplot()
     drawn = [
         point
-        for above, rows in zip(range(len(chosen))[::-1], chosen.values(), strict=True)
+        for above, (name, rows) in zip(range(len(chosen))[::-1], chosen.items(), strict=True)
         for theory in (_LEADING, _FINITE)
-        for point in _draw_line(axes, rows, theory, _SIZE + _WIDER * above)
+        for point in _draw_line(axes, rows, theory, colour_of[name], _SIZE + _WIDER * above)
     ]
     _set_axes(axes, drawn)
     axes.set_xlabel(axis_label("step size times sharpness where the phase starts, h \u03bb", "1"))
     axes.set_ylabel(axis_label("imbalance rate,\nmeasured over predicted", "1"))
     legend_below(figure, colours, marks)
-    return Drawing(figure, _caption(chosen))
+    shown = [view_of[row.run.name] for rows in chosen.values() for row in rows]
+    return Drawing(figure, _caption(chosen, shown))
 
 
 def _is_trend(rows: Sequence[TheoryRow]) -> bool:
@@ -121,13 +123,14 @@ def _ratio(h_lambda: float, measured: Measured, predicted: Measured) -> _Point:
     return _Point(h_lambda, ratio, error)
 
 
-def _draw_line(axes: Axes, rows: Sequence[TheoryRow], theory: _Theory, size: float) -> list[_Point]:
+def _draw_line(
+    axes: Axes, rows: Sequence[TheoryRow], theory: _Theory, colour: str, size: float
+) -> list[_Point]:
     """Draws the points of a group for one theory, with marks of a size, and returns them."""
     points = _points(rows, theory)
     x, y, error = (
         np.array([getattr(p, k) for p in points]) for k in ("h_lambda", "ratio", "error")
     )
-    colour = shaded(rows[0].view.colour, -0.1)
     axes.plot(x, y, color=colour, lw=1.0, linestyle=theory.dashes, zorder=2.5)
     axes.errorbar(x, y, np.nan_to_num(error), fmt="none", ecolor=colour, elinewidth=1.4, zorder=3)
     axes.plot(
@@ -180,7 +183,7 @@ def _set_axes(axes: Axes, points: Sequence[_Point]) -> None:
     axes.axhline(1.0, color=INK, lw=0.9, zorder=2)
 
 
-def _caption(groups: dict[str, list[TheoryRow]]) -> str:
+def _caption(groups: dict[str, list[TheoryRow]], views: Sequence[RunView]) -> str:
     notes = []
     for name, rows in groups.items():
         of = f"{name}: " if len(groups) > 1 else ""
@@ -190,13 +193,12 @@ def _caption(groups: dict[str, list[TheoryRow]]) -> str:
             continue
         if kinds:
             notes.append(f"{of}the prediction of {kinds[0]} is a slow flow over the same times.")
-        changing = [row.view.label for row in rows if row.changes]
+        changing = [row.run.label for row in rows if row.changes]
         if changing:
             notes.append(
                 f"{of}other predictions are rates at the start of the phase, and the rate changes "
                 f"along {', '.join(changing)}."
             )
-    views = [row.view for rows in groups.values() for row in rows]
     return sentence(
         "Measured over predicted decay rate of the imbalance of SGD, with one standard error; on "
         "the line at 1 theory is right.",
