@@ -241,8 +241,8 @@ class GradientDescent(AbstractDynamics):
         weights = tuple(w[..., None] for w in net.weights)
         self.check(problem, weights)
         state = self.init(problem, weights)
-        words = jnp.zeros((2,), jnp.uint32) if key is None else key
-        source = Source(words, jnp.zeros((1,), jnp.uint32))
+        key_data = jnp.zeros((2,), jnp.uint32) if key is None else key
+        source = Source(key_data, jnp.zeros((1,), jnp.uint32))
 
         def step(k: Int[Array, ""], carry: tuple[Weights, Any]) -> tuple[Weights, Any]:
             drawn = self._numbers(problem, source, k[None], net.widths)

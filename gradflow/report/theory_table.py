@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from gradflow.analysis.comparison.against_theory import (
     CHANGES,
     Compared,
+    Judgement,
     Measured,
     TheoryRow,
-    Verdict,
     theory_rows,
 )
 from gradflow.plot.formatting import arrows, not_constant, number, with_error
@@ -87,7 +87,7 @@ def _followed(*found: Compared | None) -> tuple[TheoryEntry, ...]:
     return tuple(entries)
 
 
-def _entry(value: Measured, name: str = "", verdict: Verdict | None = None) -> TheoryEntry:
+def _entry(value: Measured, name: str = "", verdict: Judgement | None = None) -> TheoryEntry:
     text = with_error(value.value, value.error) if value.error > 0.0 else number(value.value)
     text = not_constant(value.local) if value.local else text
     if verdict is None:

@@ -85,10 +85,10 @@ class AbstractResult(abc.ABC):
     @property
     def key(self) -> jax.Array | None:
         """The random key of the run, None for a deterministic one."""
-        words = json.loads(self.attrs["key"])
-        if words is None:
+        stored = json.loads(self.attrs["key"])
+        if stored is None:
             return None
-        data = jnp.asarray(words, dtype=jnp.uint32)
+        data = jnp.asarray(stored, dtype=jnp.uint32)
         return jax.random.wrap_key_data(data, impl="threefry2x32")
 
     @property

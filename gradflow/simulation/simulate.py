@@ -175,7 +175,7 @@ def simulate(
     if chunk is not None and not is_count(chunk):
         raise ValueError(f"chunk must be an integer >= 1 or None; got {chunk!r}.")
     _check_keep(keep, quantiles, store_weights)
-    words = _key_words(key)
+    key_data = _key_data(key)
     first_weights = stacked(starts, 0, len(starts))
     check_norms(first_weights)
     check_penalties(problem, first_weights)
@@ -205,7 +205,7 @@ def simulate(
         for first in range(0, total, size):
             # All chunks are filled up to one size: they run the same program.
             paths = slice(first, min(first + size, total))
-            runner.run(stacked(starts, first, width), paths, words, normals)
+            runner.run(stacked(starts, first, width), paths, key_data, normals)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -254,7 +254,7 @@ def simulate(
                 "regularizers": [describe(r) for r in problem.regularizers],
             }
         ),
-        "key": json.dumps(None if key is None else [int(k) for k in words]),
+        "key": json.dumps(None if key is None else [int(k) for k in key_data]),
         "normals": json.dumps(vars(normals or Normals())),
         "save": json.dumps([float(t) for t in plan.time]),
         "store_weights": int(storing),
@@ -387,19 +387,19 @@ def _check_keep(keep: str, quantiles: Sequence[float], store_weights: bool | Non
         raise ValueError(f"quantiles must lie between 0 and 1; got {wrong[0]!r}.")
 
 
-def _key_words(key: PRNGKeyArray | None) -> Any:
+def _key_data(key: PRNGKeyArray | None) -> Any:
     if key is None:
         return np.zeros((2,), np.uint32)
     if not isinstance(key, jax.Array):
         raise TypeError(f"key must be a random key such as jax.random.key(0); got {key!r}.")
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    words = jax.random.key_data(key) if typed else key
-    if words.shape != (2,):
+    data = jax.random.key_data(key) if typed else key
+    if data.shape != (2,):
         raise ValueError(
             "key must be a single threefry key such as jax.random.key(0); got key data of shape "
-            f"{words.shape}."
+            f"{data.shape}."
         )
-    return words
+    return data
 
 
 def _reporter(progress: bool | Report | None, label: str) -> Report | None:

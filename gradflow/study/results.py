@@ -11,7 +11,7 @@ from gradflow.analysis.convergence.orders import Orders
 from gradflow.study.spec.order_tables import OrdersSpec
 from gradflow.study.spec.spec import RunSpec, StudySpec
 
-Verdict = Literal["holds", "fails", "undecided"]
+ClaimVerdict = Literal["holds", "fails", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ClaimResult:
     measured_error: float | None
     expected: float | str | None
     rule: str
-    verdict: Verdict
+    verdict: ClaimVerdict
     detail: str = ""
     parts: tuple[float, ...] = ()
 

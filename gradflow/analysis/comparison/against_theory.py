@@ -58,7 +58,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """What SGD says of a number.
 
     - `word`: agree, differ or undecided; `reason`: why it is undecided.
@@ -78,7 +78,7 @@ class Compared:
 
     name: str
     number: Measured
-    verdict: Verdict | None
+    verdict: Judgement | None
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _row(descent: EvaluatedRun | None, others: Sequence[EvaluatedRun]) -> Theory
             return None
         verdict = None if measured is None else judged(measured, number)
         if verdict is not None and at_start and changes:
-            verdict = Verdict("undecided", verdict.relative, verdict.sigmas, CHANGES)
+            verdict = Judgement("undecided", verdict.relative, verdict.sigmas, CHANGES)
         return Compared(name, number, verdict)
 
     def beside(other: EvaluatedRun, name: str) -> Compared | None:
@@ -290,20 +290,20 @@ def _changes(run: EvaluatedRun, whole: Measured, window: tuple[float, float]) ->
     return any(part is not None and judged(part, whole).word == "differ" for part in parts)
 
 
-def judged(first: Measured, second: Measured) -> Verdict:
+def judged(first: Measured, second: Measured) -> Judgement:
     """Returns the verdict on a number and the second, of which it may be `TOLERANCE` away."""
     difference, error = first.value - second.value, math.hypot(first.error, second.error)
     size = abs(second.value)
     relative = difference / size if size else math.copysign(math.inf, difference)
     if math.isnan(error):
-        return Verdict("undecided", relative, math.nan, "one random path has no standard error")
+        return Judgement("undecided", relative, math.nan, "one random path has no standard error")
     spread = sum(x.error**4 / max(x.independent - 1, 1) for x in (first, second))
     degrees = error**4 / spread if spread else 1.0
     replicas = max(first.replicas, second.replicas)
     found = decide(difference, error, degrees, TOLERANCE * size, LEVEL, replicas)
     sigmas = difference / error if error else math.nan
     if found.verdict != UNDECIDED:
-        return Verdict("agree" if found.verdict == AGREE else "differ", relative, sigmas)
+        return Judgement("agree" if found.verdict == AGREE else "differ", relative, sigmas)
     needed = found.replicas_needed
     reason = "" if needed is None else f"about {needed} replicas decide"
-    return Verdict("undecided", relative, sigmas, reason)
+    return Judgement("undecided", relative, sigmas, reason)

@@ -45,7 +45,7 @@ class Coupling:
     - `paired`: whether path r of one belongs to path r of the other; only then is there a strong
       distance. Otherwise they take keys of their own.
     - `grid`: of the normals that drive all that is random, None if none do.
-    - `words`: what is shared, for people.
+    - `description`: what is shared, for people.
     """
 
     first: AbstractDynamics = field(repr=False)
@@ -53,7 +53,7 @@ class Coupling:
     random: tuple[bool, bool]
     paired: bool
     grid: BrownianGrid | None
-    words: str
+    description: str
 
 
 def at_step_size(dynamics: DynamicsOfStep, step_size: float, name: str) -> AbstractDynamics:
@@ -103,19 +103,19 @@ def couple(
         return Coupling(first, second, random, True, None, "both are deterministic")
     if not all(random):
         moving, still = (first, second) if random[0] else (second, first)
-        words = f"every path of {_name(moving)} against the one path of {_name(still)}"
+        description = f"every path of {_name(moving)} against the one path of {_name(still)}"
         grid = _grid(problem, (moving,))
-        return Coupling(first, second, random, True, grid, words)
+        return Coupling(first, second, random, True, grid, description)
     found = _common_path(first, second) if problem.is_gaussian else None
     if found is not None:
         first, second, substeps = found
         grid = _grid(problem, (first, second))
-        words = f"common Brownian path, {substeps} substeps"
-        return Coupling(first, second, random, True, grid, words)
+        description = f"common Brownian path, {substeps} substeps"
+        return Coupling(first, second, random, True, grid, description)
     if _same_draws(problem, widths, first, second):
         grid = _grid(problem, (first, second))
-        words = "the same random numbers at every step"
-        return Coupling(first, second, random, True, grid, words)
+        description = "the same random numbers at every step"
+        return Coupling(first, second, random, True, grid, description)
     return Coupling(first, second, random, False, None, f"independent ensembles: {_why(problem)}")
 
 

@@ -151,7 +151,7 @@ def orders(
         label(pairs[0].second),
         kind,
         random,
-        pairs[0].words,
+        pairs[0].description,
         tuple(map(float, compared_at)),
         confidence,
         tuple(notes),
@@ -386,8 +386,8 @@ def _coupled(
     if kind == "strong" and not found.paired:
         raise ValueError(
             f"kind='strong': {label(found.first)} and {label(found.second)} share no noise "
-            f"({found.words}), so there is no distance path by path; use kind='weak', or noise "
-            "that both can follow (LabelNoise on the full batch, GradientNoise)."
+            f"({found.description}), so there is no distance path by path; use kind='weak', or "
+            "noise that both can follow (LabelNoise on the full batch, GradientNoise)."
         )
     return found
 

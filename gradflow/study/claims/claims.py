@@ -10,7 +10,7 @@ from gradflow.analysis.unmeasured import in_spec
 from gradflow.study.claims.measurement import Measurement
 from gradflow.study.claims.measures import MEASURES
 from gradflow.study.claims.order_measures import measure_order
-from gradflow.study.results import ClaimResult, OrdersResult, RunResult, Verdict
+from gradflow.study.results import ClaimResult, ClaimVerdict, OrdersResult, RunResult
 from gradflow.study.spec.quantities import QUANTITIES
 from gradflow.study.spec.spec import ClaimSpec
 
@@ -98,7 +98,7 @@ def _judge_word(claim: ClaimSpec, measurement: Measurement) -> ClaimResult:
     word = measurement.word
     if word not in QUANTITIES[claim.quantity].words:
         return _result(claim, measurement, claim.expected, "undecided", word)
-    verdict: Verdict = "holds" if word == claim.expected else "fails"
+    verdict: ClaimVerdict = "holds" if word == claim.expected else "fails"
     return _result(claim, measurement, claim.expected, verdict, "")
 
 
@@ -152,7 +152,7 @@ def _judge_number(
     margin = (claim.tolerance or 0.0) * abs(expected) + (claim.absolute_tolerance or 0.0) + noise
     deviation = abs(value - expected)
     detail = f"off by {deviation:.3g}, allowed {margin:.3g}"
-    verdict: Verdict = "holds" if deviation <= margin else "fails"
+    verdict: ClaimVerdict = "holds" if deviation <= margin else "fails"
     return _result(claim, measurement, expected, verdict, detail)
 
 
@@ -173,7 +173,7 @@ def _result(
     claim: ClaimSpec,
     measurement: Measurement,
     expected: float | str | None,
-    verdict: Verdict,
+    verdict: ClaimVerdict,
     reason: str,
 ) -> ClaimResult:
     return ClaimResult(

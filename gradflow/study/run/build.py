@@ -354,6 +354,6 @@ def _check_common_noise(
         if not shared.paired:
             names = " and ".join(type(one).__name__ for one in pair)
             raise ValueError(
-                f'got "strong"; {names} share no noise ({shared.words}), so they have no distance '
-                'path by path; give distance = "weak"'
+                f'got "strong"; {names} share no noise ({shared.description}), so they have no '
+                'distance path by path; give distance = "weak"'
             )
