@@ -339,14 +339,14 @@ def test_couplings():
     assert sgd.path_substeps == 1
     assert pair.grid.per_step == 6 and pair.grid.tick == pytest.approx(0.1 / 6)
     back = coupled(sde, sgd)
-    assert back.second.path_substeps == 6 and back.words == pair.words
+    assert back.second.path_substeps == 6 and back.description == pair.words
     halves = coupled(GradientDescent(0.1), GradientDescent(0.05))
     assert (halves.first.path_substeps, halves.second.path_substeps) == (2, 1)
     svag = coupled(SVAG(0.1, 4), StochasticFlow(0.1, substeps=8))
     assert svag.first.path_substeps == 8 and svag.paired
     assert not coupled(SVAG(0.1, 4), StochasticFlow(0.1, substeps=6)).paired
     alone = coupled(sde, StochasticFlow(0.1, substeps=8))
-    assert not alone.paired and "no Brownian path in common" in alone.words
+    assert not alone.paired and "no Brownian path in common" in alone.description
     assert coupled(sde, StochasticFlow(0.1, 2, substeps=6)).paired
     same = coupled(GradientDescent(0.1), GradientDescent(0.1, momentum=0.5), SAMPLES)
     assert same.paired and same.words == "the same random numbers at every step"
