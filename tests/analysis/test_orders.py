@@ -339,7 +339,7 @@ def test_couplings():
     assert sgd.path_substeps == 1
     assert pair.grid.per_step == 6 and pair.grid.tick == pytest.approx(0.1 / 6)
     back = coupled(sde, sgd)
-    assert back.second.path_substeps == 6 and back.description == pair.words
+    assert back.second.path_substeps == 6 and back.description == pair.description
     halves = coupled(GradientDescent(0.1), GradientDescent(0.05))
     assert (halves.first.path_substeps, halves.second.path_substeps) == (2, 1)
     svag = coupled(SVAG(0.1, 4), StochasticFlow(0.1, substeps=8))
@@ -349,7 +349,7 @@ def test_couplings():
     assert not alone.paired and "no Brownian path in common" in alone.description
     assert coupled(sde, StochasticFlow(0.1, 2, substeps=6)).paired
     same = coupled(GradientDescent(0.1), GradientDescent(0.1, momentum=0.5), SAMPLES)
-    assert same.paired and same.words == "the same random numbers at every step"
+    assert same.paired and same.description == "the same random numbers at every step"
     assert same.grid is None
 
 
