@@ -259,6 +259,7 @@ def simulate(
         "save": json.dumps([float(t) for t in plan.time]),
         "store_weights": int(storing),
         "chunk": size,
+        "replicas": json.dumps(total if replica_axis else None),
         "observables": json.dumps([o.name for o in chosen]),
         "status": "interrupted" if interrupted else "complete",
         "wall_time_s": time.monotonic() - began,
@@ -268,7 +269,7 @@ def simulate(
         "versions": _versions(),
     }
     result = Trajectory if keep == "paths" else EnsembleStatistics
-    return result(dataset, problem, dynamics, [DeepLinear(w) for w in starts[:done]])
+    return result(dataset, problem, dynamics, [DeepLinear(w) for w in starts])
 
 
 @overload
@@ -283,7 +284,8 @@ def repeat(trajectory: Trajectory | EnsembleStatistics) -> Trajectory | Ensemble
     """Run a trajectory again from what it holds, with the same result.
 
     To the last bit on the same versions, processor and number of devices; elsewhere to rounding,
-    which training at the edge of stability amplifies. An interrupted run is run to its end.
+    which training at the edge of stability amplifies. An interrupted run is run to its end, with
+    all the replicas that were asked for.
 
     **Raises:** `ValueError` if it recorded observables of the user's own, which are not stored.
     """
@@ -311,7 +313,7 @@ def repeat(trajectory: Trajectory | EnsembleStatistics) -> Trajectory | Ensemble
         trajectory.start[0] if single else trajectory.start,
         trajectory.dynamics,
         **length,
-        replicas=trajectory.replicas,
+        replicas=json.loads(trajectory.attrs["replicas"]),
         key=trajectory.key,
         normals=trajectory.normals,
         save=times,

@@ -223,7 +223,10 @@ def test_an_interrupted_run_in_chunks_keeps_the_finished_chunks():
     assert part.replicas == 4
     assert part.time.size == 4
     np.testing.assert_array_equal(part["W1"], whole["W1"][:4])
-    np.testing.assert_array_equal(gf.repeat(part)["W1"], part["W1"])
+    np.testing.assert_array_equal(gf.repeat(part)["W1"], whole["W1"])
+    with pytest.warns(InterruptedWarning, match="with 4 of 7 replicas"):
+        part = simulate(replicas=7, chunk=2, progress=StopAt(0.7))
+    np.testing.assert_array_equal(gf.repeat(part)["W1"], simulate(replicas=7, chunk=2)["W1"])
 
 
 def test_an_interrupt_before_anything_was_saved_is_passed_on(monkeypatch: pytest.MonkeyPatch):
