@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def carry_out(specs: list[str], options: Options) -> int:
     if wrong:
         return _refuse(wrong)
     jobs = max(len(study.spec.run) + len(study.spec.orders) for study in studies)
-    with crew_of(options.workers or workers_for(jobs)) as crew:
+    with closing(crew_of(min(options.workers or workers_for(jobs), jobs))) as crew:
         prepared, wrong = _prepare_all(studies)
         if wrong:
             return _refuse(wrong)

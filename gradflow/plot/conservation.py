@@ -36,6 +36,14 @@ def draw_conservation(
     The largest value over the entries of the observable and over replicas is shown. A grey line
     is the level of rounding, $\epsilon \max |x(0)|$ with the machine precision $\epsilon$ of the
     run's numbers: what lies there is conserved as well as these numbers can say.
+
+    **Arguments:**
+
+    - `views`: the runs, saved from their start on, which recorded every one of the `observables`.
+    - `title`, `caption`: texts above and below; the caption has a default.
+    - `x_scale`: of the time axis.
+
+    **Raises:** `ValueError` for an observable that a run lacks, or a run not saved at its start.
     """
     lines = [run_handle(view) for view in views]
     marks: list[Artist] = [

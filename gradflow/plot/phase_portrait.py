@@ -24,8 +24,8 @@ from gradflow.plot.style import FAINT, INK, MUTED, UNREGULARIZED, WIDTH, new_fig
 
 _LOSS_COLOURS = LinearSegmentedColormap.from_list("loss", ["#ffffff", "#e9e9ee", "#d3d4de"])
 
-
 Limits = Sequence[float] | None
+"""`[low, high]` of an axis, None for what holds every path."""
 
 
 def draw_phase_portrait(

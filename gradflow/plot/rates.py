@@ -51,6 +51,11 @@ def draw_rates(
     One panel for each of ``quantities``: ``optimization_rate`` (how fast the excess loss
     decays), ``regularization_rate`` (how fast the imbalance decays afterwards) and ``separation``
     (their ratio). A run without a rate says why.
+
+    **Arguments:**
+
+    - `views`: the runs, with what was measured and predicted of them.
+    - `title`, `caption`: texts above and below; the caption has a default.
     """
     table = {quantity: [_row(view, quantity) for view in views] for quantity in quantities}
     marks = _handles()

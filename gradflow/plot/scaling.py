@@ -61,6 +61,11 @@ class Point:
     error: float = 0.0
 
     @property
+    def has_place(self) -> bool:
+        """Returns whether a logarithmic axis has room for it."""
+        return math.isfinite(self.value) and self.value != 0.0
+
+    @property
     def size(self) -> float:
         """Returns the height of the point on the logarithmic axis."""
         return abs(self.value)
@@ -92,9 +97,9 @@ def draw_scaling(
 
     **Raises:** ``ValueError`` when no point has a place on logarithmic axes.
     """
-    lost = [p for p in points if not math.isfinite(p.value) or p.value == 0.0]
+    lost = [p for p in points if not p.has_place]
     notes = [*notes, *(f"{p.view.label} has no point: its value is {p.value:g}." for p in lost)]
-    points = [p for p in points if p not in lost]
+    points = [p for p in points if p.has_place]
     if not points:
         raise ValueError(
             f"quantity: {quantity!r} could not be measured on any run of the figure: "

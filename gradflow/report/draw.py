@@ -7,7 +7,7 @@ from typing import Any
 
 from gradflow.plot.bounds import BOUNDED
 from gradflow.plot.conservation import draw_conservation
-from gradflow.plot.drawing import Drawing, sentence
+from gradflow.plot.drawing import Drawing, divergence_note, sentence
 from gradflow.plot.phase_portrait import draw_phase_portrait
 from gradflow.plot.rates import draw_rates
 from gradflow.plot.scaling import draw_scaling
@@ -33,7 +33,9 @@ def _of_runs(draw: Callable[..., Drawing]) -> Callable[[StudyResult, Any], Drawi
 
 
 def _scaling(result: StudyResult, spec: Scaling) -> Drawing:
-    points, notes = scaling_points(result, run_views(result, spec.runs), spec)
+    views = run_views(result, spec.runs)
+    points, notes = scaling_points(result, views, spec)
+    pointless = [view for view in views if view.name not in {p.view.name for p in points}]
     return draw_scaling(
         points,
         spec.quantity,
@@ -42,7 +44,7 @@ def _scaling(result: StudyResult, spec: Scaling) -> Drawing:
         caption=spec.caption,
         observable=spec.observable,
         slope=spec.slope,
-        notes=notes,
+        notes=[*notes, divergence_note(pointless)],
     )
 
 

@@ -6,32 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from pickle import PicklingError
 
 import numpy as np
 import pytest
+from specs import HEAD, RUN
 
 from gradflow.study.run import crew as crew_module
 from gradflow.study.run.build import prepare
 from gradflow.study.run.crew import OneThread, Processes, crew_of, workers_for
 from gradflow.study.run.progress import Silent
 from gradflow.study.run.runner import run_study
-
-HEAD = """
-name = "small"
-[data]
-source = "whitened"
-target = [[1.0]]
-[network]
-init = "weights"
-weights = [[[2.0]], [[0.1]]]
-"""
-
-FLOW = """
-[[run]]
-name = "flow"
-dynamics = { kind = "GradientFlow" }
-t1 = 1.0
-"""
 
 NOISY = """
 [[run]]
@@ -80,12 +68,12 @@ class Watching(Silent):
 
 def test_processes_find_what_a_thread_finds(load, tmp_path):
     """Bit for bit, in the order of the spec; runs that are timed come last, one at a time."""
-    study, prepared = small(load, NOISY, FLOW, FLOW.replace("flow", "untimed"), CLAIM)
+    study, prepared = small(load, NOISY, RUN, RUN.replace("flow", "untimed"), CLAIM)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     alone = run_study(study, prepared, tmp_path / "a")
     reporter = Watching()
-    with Processes(2) as crew:
+    with closing(Processes(2)) as crew:
         together = run_study(study, prepared, tmp_path / "b", reporter=reporter, crew=crew)
     assert together.status == "complete" and list(together.runs) == ["noisy", "flow", "untimed"]
     assert reporter.begun == reporter.ended == ["untimed", "noisy", "flow"]
@@ -100,7 +88,7 @@ def test_processes_find_what_a_thread_finds(load, tmp_path):
 def test_ctrl_c_stops_processes_and_keeps_what_they_have(load, tmp_path):
     study, prepared = small(load, ENDLESS, NOISY)
     reporter = Watching(lambda: os.kill(os.getpid(), signal.SIGINT))
-    with Processes(1) as crew:
+    with closing(Processes(1)) as crew:
         result = run_study(study, prepared, tmp_path, reporter=reporter, crew=crew)
     assert result.status == "interrupted" and reporter.stops == 1
     assert list(result.runs) == ["endless"] and result.runs["endless"].trajectory.interrupted
@@ -116,7 +104,7 @@ def test_a_process_that_is_killed_costs_its_own_job_only(load, tmp_path):
 
     study, prepared = small(load, ENDLESS, NOISY)
     reporter = Watching(kill)
-    with Processes(1) as crew:
+    with closing(Processes(1)) as crew:
         result = run_study(study, prepared, tmp_path, reporter=reporter, crew=crew)
     assert reporter.begun == ["endless", "noisy", "endless"]
     assert result.status == "failed" and list(result.runs) == ["noisy"]
@@ -129,10 +117,10 @@ def test_processes_end_with_the_one_that_started_them():
         "import multiprocessing, time\n"
         "from gradflow.study.run.crew import Processes\n"
         "if __name__ == '__main__':\n"
-        "    with Processes(1) as crew:\n"
-        "        crew._pool.submit(int).result()\n"
-        "        print(*[p.pid for p in multiprocessing.active_children()], flush=True)\n"
-        "        time.sleep(600)\n"
+        "    crew = Processes(1)\n"
+        "    crew._pool.submit(int).result()\n"
+        "    print(*[p.pid for p in multiprocessing.active_children()], flush=True)\n"
+        "    time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
         child = int(parent.stdout.readline())
@@ -154,5 +142,37 @@ def test_as_many_processes_as_jobs_cores_and_memory_allow(monkeypatch):
     assert [workers_for(jobs) for jobs in (0, 1, 3, 20)] == [1, 1, 3, 4]
     monkeypatch.setattr(crew_module, "host_memory", lambda: 2**40)
     assert workers_for(20) == 6
-    with crew_of(1) as one:
+    with closing(crew_of(1)) as one:
         assert isinstance(one, OneThread)
+    monkeypatch.setattr(crew_module.jax, "default_backend", lambda: "gpu")
+    assert workers_for(20) == 1
+
+
+class Failing(OneThread):
+    """Nothing comes back from its processes but an error."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def submit(self, plan, job):
+        lost = Future()
+        lost.set_exception(self.error)
+        return lost
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (BrokenProcessPool(), "no process could be started to carry it out; try --workers 1"),
+        (PicklingError("it cannot be sent"), "it cannot be sent"),
+    ],
+)
+def test_processes_that_cannot_work_are_said(load, tmp_path, error, said):
+    """A study ends with a reason for every run where no process comes up, or none can be told."""
+    study, prepared = small(load, NOISY, RUN)
+    with closing(Failing(error)) as crew:
+        result = run_study(study, prepared, tmp_path, crew=crew)
+    assert result.status == "failed" and not result.runs
+    assert list(result.errors) == ["noisy", "flow"]
+    assert all(said in reason for reason in result.errors.values())

@@ -16,8 +16,9 @@ import warnings
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Lock
-from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
+
+import jax
 
 from gradflow.backend.memory import host_memory
 from gradflow.study.run.build import PreparedOrders, PreparedRun
@@ -33,7 +34,7 @@ MOST = 8
 
 @runtime_checkable
 class Crew(Protocol):
-    """Carries out jobs; use as a context manager."""
+    """Carries out jobs; to be closed at the end."""
 
     reporter: Reporter
     """Is told how the jobs get on."""
@@ -50,22 +51,18 @@ class Crew(Protocol):
     def renew(self) -> None:
         """Go on after a process was killed."""
 
-    def __enter__(self) -> Crew: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def close(self) -> None:
+        """Send everybody home, once their jobs are done."""
 
 
 def workers_for(jobs: int) -> int:
     """How many processes are to carry out so many jobs unless the user says so.
 
     As many as the process may use cores, but no more than there are jobs, than fit into memory at
-    2 GiB each, or than 8.
+    2 GiB each, or than 8. On an accelerator one: JAX gives the first process most of its memory.
     """
+    if jax.default_backend() != "cpu":
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(cores or 1, jobs, MOST, int(host_memory()) // MEMORY_EACH))
 
@@ -104,15 +101,8 @@ class OneThread:
         """A job gets on."""
         self.reporter.advanced(name, done, total, message)
 
-    def __enter__(self) -> OneThread:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the thread, once its job has."""
         self._pool.shutdown(cancel_futures=True)
 
 
@@ -143,19 +133,8 @@ class Processes:
 
     def renew(self) -> None:
         """Start new processes in the place of those that were killed."""
-        self._end()
+        self.close()
         self._start()
-
-    def __enter__(self) -> Processes:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._end()
 
     def _start(self) -> None:
         """Start all processes, which import the package while this one prepares what they do."""
@@ -171,7 +150,8 @@ class Processes:
         for _ in range(self._workers):
             self._pool.submit(_nothing)
 
-    def _end(self) -> None:
+    def close(self) -> None:
+        """End all processes, once their jobs have."""
         self._pool.shutdown(cancel_futures=True)
         self._sending.close()  # the last open end, so that the other one reads that it is over
         self._listening.join()

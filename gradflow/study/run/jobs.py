@@ -131,7 +131,7 @@ def carry_out(plan: Plan, prepared: PreparedRun | PreparedOrders, listener: List
         except KeyboardInterrupt:  # nothing was recorded yet
             pass
         except Exception as broken:
-            error = _reason(broken)
+            error = reason(broken)
     return Done(result, error, time.perf_counter() - start)
 
 
@@ -303,7 +303,7 @@ def _kept_warnings() -> Iterator[list[str]]:
         yield kept
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The message of a user error; the traceback of anything else."""
     if isinstance(error, ValueError | TypeError) and str(error):
         return str(error)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from gradflow.study.claims.claims import judge_all
 from gradflow.study.results import OrdersResult, RunResult, StudyResult
 from gradflow.study.run.build import Prepared, PreparedOrders, PreparedRun
 from gradflow.study.run.crew import Crew, OneThread
-from gradflow.study.run.jobs import Done, Plan
+from gradflow.study.run.jobs import Done, Plan, reason
 from gradflow.study.run.progress import Job, Reporter, Silent
 from gradflow.study.spec.load import Study
 
@@ -23,9 +23,11 @@ _T = TypeVar("_T")
 _PATIENCE_S = 0.1
 
 _LOST = (
-    "the process that carried it out was ended from outside, twice; most often for want of memory: "
-    "try --workers 1, or fewer replicas"
+    "the process that carried it out was ended from outside although nothing else was carried out "
+    "then; most often for want of memory: try --workers 1, or fewer replicas"
 )
+
+_NEVER_BEGUN = "no process could be started to carry it out; try --workers 1"
 
 
 def run_study(
@@ -55,7 +57,7 @@ def run_study(
       is measured are carried out alone.
     """
     start = time.perf_counter()
-    with nullcontext(crew) if crew else OneThread() as workforce:
+    with nullcontext(crew) if crew else closing(OneThread()) as workforce:
         workforce.reporter = reporter or Silent()
         execution = _Execution(Plan(study, out, evaluate), workforce)
         execution.carry_out([*prepared.runs, *prepared.orders])
@@ -102,6 +104,9 @@ class _Execution:
         alone = [job for job in jobs if job.spec.name in timed]
         while together:
             lost = self._at_once(together)
+            if lost and not self.crew.begun:
+                self.errors |= {job.spec.name: _NEVER_BEGUN for job in [*lost, *alone]}
+                return
             alone = [*(job for job in lost if job.spec.name in self.crew.begun), *alone]
             together = [job for job in lost if job.spec.name not in self.crew.begun]
         for job in alone:
@@ -125,6 +130,8 @@ class _Execution:
                         pass
                     except BrokenProcessPool:
                         lost.append(pending[future])
+                    except Exception as error:  # what cannot be sent to a process, or back
+                        self.errors[pending[future].spec.name] = reason(error)
                     del pending[future]
             except KeyboardInterrupt:
                 self.crew.stop()
