@@ -311,12 +311,15 @@ def _carry_out(
     quiet: bool,
     part: Literal["study", "runs", "orders"],
 ) -> None:
+    specs = specs or ["two_phases"]
+    if not quiet and sys.stderr.isatty():
+        typer.echo(f"Checking {', '.join(specs)} ...", err=True)  # takes seconds
     _keep_compiled_programs()
     # JAX takes seconds to import, which --help and list need not wait for.
     from gradflow.cli.commands import Options, carry_out
 
     options = Options(out, overwrite, short, seed, quiet, workers, part)
-    raise typer.Exit(carry_out(specs or ["two_phases"], options))
+    raise typer.Exit(carry_out(specs, options))
 
 
 def _keep_compiled_programs() -> None:

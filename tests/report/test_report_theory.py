@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 from matplotlib.text import Text
 
+import gradflow as gf
 from gradflow.analysis.comparison.against_theory import CHANGES, Measured, judged, theory_rows
 from gradflow.plot.drawing import Drawing
 from gradflow.plot.formatting import number as written
@@ -18,6 +19,7 @@ from gradflow.report import draw_figures, write_page
 from gradflow.report.draw import AUTOMATIC
 from gradflow.report.theory_table import theory_lines
 from gradflow.report.views import run_views
+from gradflow.results.trajectory import Trajectory
 from gradflow.study.results import StudyResult
 
 MakeStudy = Callable[..., StudyResult]
@@ -165,6 +167,25 @@ def test_runs_of_the_same_training_share_a_row(make_study: MakeStudy):
         assert one.verdict.relative == pytest.approx(0.011 / number - 1, rel=1e-4)
         assert one.verdict.sigmas == pytest.approx((0.011 - number) / (SPREAD / 4), rel=1e-4)
     assert [one.name for one in first.stochastic_flows] == ["", "order 2"]
+
+
+@pytest.mark.parametrize(
+    ("noise", "weight"), [(0.5, 2.0), (0.6, 2.0), (0.5, 2.1)], ids=["same", "problem", "start"]
+)
+def test_runs_of_another_problem_or_start_have_a_row_of_their_own(
+    make_study: MakeStudy, noise: float, weight: float
+):
+    runs = [LADDER[0], table("SlowFlow", "slow_0", 0.1)]
+    result = study(make_study, runs, {"sgd_0": 0.011, "slow_0": 0.011}, LAWS_OF_ONE)
+    sgd, slow = result.runs.values()
+    problem = gf.Problem(gf.Regression.whitened(target=[[1.0]]), [gf.LabelNoise(std=noise)])
+    start = gf.DeepLinear([np.array([[weight]]), np.array([[0.1]])])
+    dynamics = slow.trajectory.dynamics
+    moved = Trajectory(slow.trajectory.to_xarray(), problem, dynamics, [start])
+    rows = theory_rows([sgd, replace(slow, trajectory=moved)])
+    is_same = (noise, weight) == (0.5, 2.0)
+    assert [row.run.name for row in rows] == (["sgd_0"] if is_same else ["sgd_0", "slow_0"])
+    assert (rows[0].slow_flow is not None) == is_same
 
 
 def test_a_rate_that_changes_is_not_held_against_its_start(make_study: MakeStudy):
