@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ from gradflow.simulation.schedule import Save, Spacing, schedule
 from gradflow.simulation.slices import Runner
 from gradflow.simulation.starts import check_norms, check_penalties, stacked, starts_of
 from gradflow.simulation.to_dataset import labelled
+
+_Result = TypeVar("_Result", Trajectory, EnsembleStatistics)
 
 STORED_BY_DEFAULT = 64 * 2**20
 """Bytes of weights up to which they are stored without being asked for."""
@@ -272,15 +274,7 @@ def simulate(
     return result(dataset, problem, dynamics, [DeepLinear(w) for w in starts])
 
 
-@overload
-def repeat(trajectory: Trajectory) -> Trajectory: ...
-
-
-@overload
-def repeat(trajectory: EnsembleStatistics) -> EnsembleStatistics: ...
-
-
-def repeat(trajectory: Trajectory | EnsembleStatistics) -> Trajectory | EnsembleStatistics:
+def repeat(trajectory: _Result) -> _Result:
     """Run a trajectory again from what it holds, with the same result.
 
     To the last bit on the same versions, processor and number of devices; elsewhere to rounding,
@@ -308,7 +302,7 @@ def repeat(trajectory: Trajectory | EnsembleStatistics) -> Trajectory | Ensemble
     if isinstance(trajectory, EnsembleStatistics):
         probabilities = trajectory.to_xarray()["quantile"].values.tolist()
         kept = {"keep": "statistics", "quantiles": probabilities}
-    return simulate(
+    again = simulate(
         trajectory.problem,
         trajectory.start[0] if single else trajectory.start,
         trajectory.dynamics,
@@ -321,6 +315,8 @@ def repeat(trajectory: Trajectory | EnsembleStatistics) -> Trajectory | Ensemble
         chunk=int(trajectory.attrs["chunk"]),
         **kept,
     )
+    assert isinstance(again, type(trajectory)), "what was kept is kept again"
+    return again
 
 
 def _check_untraced(dynamics: Any, rest: Any) -> None:
