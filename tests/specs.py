@@ -63,5 +63,5 @@ def make_run(
         problem = gf.Problem(gf.Regression.whitened([[1.0]]))
     table = {"name": name, "t1": 1.0, "dynamics": dynamics or {"kind": "GradientFlow"}}
     spec = RunSpec.model_validate({**table, "regularizers": regularizers or []})
-    trajectory = Trajectory(dataset, problem, gf.GradientFlow(), [gf.DeepLinear(layers)])
+    trajectory = Trajectory(dataset, problem, spec.dynamics.made, [gf.DeepLinear(layers)])
     return RunResult(name, spec.title, "", trajectory, spec=spec)

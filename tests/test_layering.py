@@ -15,6 +15,7 @@ import pytest
 
 # A room is a file `gradflow/<room>.py` or a folder `gradflow/<room>/`.
 ROOMS: tuple[str, ...] = (
+    "kinds",
     "backend",
     "random",
     "checks",

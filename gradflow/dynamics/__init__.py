@@ -1,6 +1,10 @@
 """Dynamics: ways to move the weights, all acting on the same problem."""
 
-from gradflow.dynamics.base import AbstractDynamics as AbstractDynamics, State as State
+from gradflow.dynamics.base import (
+    DYNAMICS as DYNAMICS,
+    AbstractDynamics as AbstractDynamics,
+    State as State,
+)
 from gradflow.dynamics.descent import GradientDescent as GradientDescent
 from gradflow.dynamics.exact_flow import ExactFlow as ExactFlow
 from gradflow.dynamics.from_optax import FromOptax as FromOptax

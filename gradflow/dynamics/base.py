@@ -16,6 +16,7 @@ from gradflow.backend.compiled import compiled
 from gradflow.backend.products import in_groups, on_cpu, paths_together
 from gradflow.backend.types import Weights
 from gradflow.data import Regression
+from gradflow.kinds import Kinds
 from gradflow.network import widths_of
 from gradflow.problem import Problem
 from gradflow.random.streams import Source
@@ -131,6 +132,10 @@ class State(eqx.Module):
     limit: Float[Array, " paths"]
     whole: tuple[Weights, Any] | None = None
     progress: Progress | None = None
+
+
+DYNAMICS: Kinds[type["AbstractDynamics"]] = Kinds("dynamics")
+"""Those that specs and files know."""
 
 
 class AbstractDynamics(eqx.Module):

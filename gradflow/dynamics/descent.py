@@ -23,6 +23,7 @@ from gradflow.checks import (
     remembered,
 )
 from gradflow.dynamics.base import (
+    DYNAMICS,
     AbstractDynamics,
     State,
     Step,
@@ -47,6 +48,7 @@ from gradflow.problem import Problem
 from gradflow.random.streams import Source
 
 
+@DYNAMICS.register
 class GradientDescent(AbstractDynamics):
     r"""Discrete training: GD on a problem without noise, SGD on a problem with noise.
 

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from gradflow.backend.types import Weights
 from gradflow.closed_forms import CLOSED_FORMS, AbstractClosedForm
 from gradflow.dynamics.base import (
+    DYNAMICS,
     AbstractDynamics,
     State,
     divergence_limit,
@@ -22,6 +23,7 @@ from gradflow.problem import Problem
 from gradflow.random.streams import Source
 
 
+@DYNAMICS.register
 class ExactFlow(AbstractDynamics):
     r"""The flow $\dot W = -\nabla \bar L(W)$ of `GradientFlow`, by a closed form instead of steps.
 

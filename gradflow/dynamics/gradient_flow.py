@@ -7,11 +7,13 @@ import equinox as eqx
 from jaxtyping import ArrayLike
 
 from gradflow.backend.types import Scalar, Weights
+from gradflow.dynamics.base import DYNAMICS
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.problem import Problem
 from gradflow.solvers.switching import Switching
 
 
+@DYNAMICS.register
 class GradientFlow(AbstractOdeFlow):
     r"""The ODE $\dot W = -\nabla \bar L(W)$ with the averaged loss $\bar L$ of the problem.
 

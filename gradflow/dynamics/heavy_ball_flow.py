@@ -18,13 +18,14 @@ from gradflow.checks import (
     checked_step_size,
     checked_velocity,
 )
-from gradflow.dynamics.base import over_paths
+from gradflow.dynamics.base import DYNAMICS, over_paths
 from gradflow.dynamics.layers import over_all_paths, penalty_gradient
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.problem import Problem
 from gradflow.solvers.dormand_prince import DormandPrince853
 
 
+@DYNAMICS.register
 class HeavyBallFlow(AbstractOdeFlow):
     r"""The ODE that heavy-ball descent follows to second order in its step size.
 

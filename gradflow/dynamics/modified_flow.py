@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.checks import checked_step_size
+from gradflow.dynamics.base import DYNAMICS
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.loss import pull_back
 from gradflow.network import end_to_end
@@ -22,6 +23,7 @@ ROWS_AT_ONCE = 64
 """Rows of the data whose gradients are formed together where noise acts inside the network."""
 
 
+@DYNAMICS.register
 class ModifiedFlow(AbstractOdeFlow):
     r"""The ODE that gradient descent with step $h$ follows to higher order in $h$.
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Complex, Float
 
 from gradflow.backend.types import Scalar, Weights
 from gradflow.checks import checked_step_size
+from gradflow.dynamics.base import DYNAMICS
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.geometry.curvature import LARGEST_DENSE_HESSIAN
 from gradflow.problem import Problem
@@ -20,6 +21,7 @@ REACH = 4.0
 """Squares of the real points from which a gradient is continued to the imaginary axis lie below."""
 
 
+@DYNAMICS.register
 class PrincipalFlow(AbstractOdeFlow):
     r"""The ODE in complex weights that follows gradient descent mode by mode.
 

@@ -22,6 +22,7 @@ from gradflow.checks import (
     remembered,
 )
 from gradflow.dynamics.base import (
+    DYNAMICS,
     AbstractDynamics,
     End,
     Progress,
@@ -70,6 +71,7 @@ class EdgeOfStabilityWarning(UserWarning):
     """The slow flow starts close to where its theory ends."""
 
 
+@DYNAMICS.register
 class SlowFlow(AbstractDynamics):
     r"""Motion along the minima manifold: where SGD is after many steps, without taking them.
 

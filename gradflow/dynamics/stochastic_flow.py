@@ -14,6 +14,7 @@ from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Scalar, Weights
 from gradflow.checks import MOST_COUNTED, checked_count, checked_step_size
 from gradflow.dynamics.base import (
+    DYNAMICS,
     AbstractDynamics,
     State,
     Step,
@@ -54,6 +55,7 @@ class SampledDiffusionWarning(UserWarning):
     """The increments are centred sampled gradients, for lack of a closed diffusion factor."""
 
 
+@DYNAMICS.register
 class StochasticFlow(AbstractDynamics):
     r"""The Ito SDE of SGD with step $h$: a stochastic modified equation.
 

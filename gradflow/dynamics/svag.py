@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Int
 from gradflow.backend.types import Scalar, Weights
 from gradflow.checks import checked_count, checked_step_size
 from gradflow.dynamics.base import (
+    DYNAMICS,
     AbstractDynamics,
     State,
     Step,
@@ -31,6 +32,7 @@ SECOND = 0x5A5A5A5A
 """The substream of the second draw; regularizers and channels have small numbers."""
 
 
+@DYNAMICS.register
 class SVAG(AbstractDynamics):
     r"""SGD with steps $h / l$ and noise amplified to that of SGD with step $h$.
 

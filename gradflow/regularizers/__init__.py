@@ -1,6 +1,7 @@
 """Regularizers: one mechanism a file, three faces each (sampled, averaged, diffusion)."""
 
 from gradflow.regularizers.base import (
+    REGULARIZERS as REGULARIZERS,
     AbstractActivationNoise as AbstractActivationNoise,
     AbstractBatch as AbstractBatch,
     AbstractDataNoise as AbstractDataNoise,

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from gradflow.backend.products import product
 from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.data import Regression
+from gradflow.kinds import Kinds
 from gradflow.random.streams import Stream
 
 
@@ -46,6 +47,10 @@ class NoiseMoments(eqx.Module):
     residual_root: Float[Array, "d_out d_out"]
     batch: Scalar
     data: Regression
+
+
+REGULARIZERS: Kinds[type["AbstractRegularizer"]] = Kinds("regularizers")
+"""Those that specs and files know."""
 
 
 class AbstractRegularizer(eqx.Module):

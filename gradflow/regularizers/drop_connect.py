@@ -10,9 +10,10 @@ from jaxtyping import Array, Float
 from gradflow.backend.types import Scalar
 from gradflow.checks import as_layers, as_parameter, check_layers, check_rate, check_within
 from gradflow.random.streams import Stream
-from gradflow.regularizers.base import AbstractWeightNoise, layer_shapes
+from gradflow.regularizers.base import REGULARIZERS, AbstractWeightNoise, layer_shapes
 
 
+@REGULARIZERS.register
 class DropConnect(AbstractWeightNoise):
     r"""Every weight is dropped with probability $p$ or divided by $1 - p$, one mask a step.
 

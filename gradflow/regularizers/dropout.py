@@ -10,9 +10,10 @@ from jaxtyping import Array, Float
 from gradflow.backend.types import Scalar
 from gradflow.checks import as_layers, as_parameter, check_layers, check_rate
 from gradflow.random.streams import Stream
-from gradflow.regularizers.base import AbstractActivationNoise
+from gradflow.regularizers.base import REGULARIZERS, AbstractActivationNoise
 
 
+@REGULARIZERS.register
 class Dropout(AbstractActivationNoise):
     r"""Every hidden activation is multiplied by a random factor of mean 1, fresh for every row.
 
@@ -29,18 +30,21 @@ class Dropout(AbstractActivationNoise):
     **Arguments:**
 
     - `rate`: $p$ in $[0, 1)$, the probability to drop.
-    - `kind`: `"bernoulli"` or `"gaussian"`.
+    - `distribution`: `"bernoulli"` or `"gaussian"`.
     - `layers`: the hidden layers that drop, numbers in 1..N-1; all by default.
     """
 
     rate: Scalar = eqx.field(converter=partial(as_parameter, name="Dropout.rate"))
-    kind: str = eqx.field(static=True, default="bernoulli")
+    distribution: str = eqx.field(static=True, default="bernoulli")
     layers: tuple[int, ...] | None = eqx.field(static=True, default=None, converter=as_layers)
 
     def __check_init__(self):
         check_rate("Dropout.rate", self.rate)
-        if self.kind not in ("bernoulli", "gaussian"):
-            raise ValueError(f'Dropout.kind must be "bernoulli" or "gaussian"; got {self.kind!r}.')
+        if self.distribution not in ("bernoulli", "gaussian"):
+            raise ValueError(
+                'Dropout.distribution must be "bernoulli" or "gaussian"; got '
+                f"{self.distribution!r}."
+            )
         check_layers("Dropout.layers", self.layers)
 
     @property
@@ -78,7 +82,7 @@ class Dropout(AbstractActivationNoise):
             own, shape = stream.substream(layer), (batch, widths[layer])
             if not self.acts_on(layer, depth):
                 return None
-            if self.kind == "gaussian":
+            if self.distribution == "gaussian":
                 return own.normals(shape)
             return own.booleans(1.0 - self.rate, shape)
 
@@ -90,6 +94,6 @@ class Dropout(AbstractActivationNoise):
         """The activations times their factors."""
         if not self.acts_on(layer, depth):
             return h
-        if self.kind == "gaussian":
+        if self.distribution == "gaussian":
             return h * (1.0 + jnp.sqrt(self.rate / (1.0 - self.rate)) * draw[layer - 1])
         return jnp.where(draw[layer - 1], h / (1.0 - self.rate), 0.0)

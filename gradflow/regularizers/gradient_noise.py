@@ -6,9 +6,10 @@ import equinox as eqx
 
 from gradflow.backend.types import Scalar
 from gradflow.checks import as_parameter, check_std
-from gradflow.regularizers.base import AbstractGradientNoise
+from gradflow.regularizers.base import REGULARIZERS, AbstractGradientNoise
 
 
+@REGULARIZERS.register
 class GradientNoise(AbstractGradientNoise):
     r"""Fresh Gaussian noise on every entry of the gradient at every step, $g \to g + s\,\xi$.
 

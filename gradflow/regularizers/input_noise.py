@@ -10,9 +10,15 @@ from gradflow.backend.products import product
 from gradflow.backend.types import EndToEnd, Scalar
 from gradflow.checks import as_parameter, check_std
 from gradflow.data import Regression
-from gradflow.regularizers.base import AbstractDataNoise, NoiseMoments, symmetric_normal
+from gradflow.regularizers.base import (
+    REGULARIZERS,
+    AbstractDataNoise,
+    NoiseMoments,
+    symmetric_normal,
+)
 
 
+@REGULARIZERS.register
 class InputNoise(AbstractDataNoise):
     r"""Fresh isotropic Gaussian noise on every input at every step, $x \to x + \sigma\,\xi$.
 

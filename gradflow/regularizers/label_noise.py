@@ -10,9 +10,10 @@ from gradflow.backend.products import product
 from gradflow.backend.types import EndToEnd, Scalar
 from gradflow.checks import as_parameter, check_std
 from gradflow.data import Regression
-from gradflow.regularizers.base import AbstractDataNoise, NoiseMoments
+from gradflow.regularizers.base import REGULARIZERS, AbstractDataNoise, NoiseMoments
 
 
+@REGULARIZERS.register
 class LabelNoise(AbstractDataNoise):
     r"""Fresh Gaussian noise on every label at every step, $y \to y + s\,\varepsilon$.
 

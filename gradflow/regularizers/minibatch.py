@@ -14,6 +14,7 @@ from gradflow.backend.types import EndToEnd
 from gradflow.data import Regression
 from gradflow.random.streams import Stream
 from gradflow.regularizers.base import (
+    REGULARIZERS,
     AbstractBatch,
     NoiseMoments,
     population_rows,
@@ -29,6 +30,7 @@ def _plain_integer(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
+@REGULARIZERS.register
 class Minibatch(AbstractBatch):
     r"""Each step uses `batch_size` rows of the data instead of all of them.
 

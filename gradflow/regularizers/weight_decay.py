@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from gradflow.backend.types import Scalar, Weights
 from gradflow.checks import as_parameter, check_nonnegative
-from gradflow.regularizers.base import AbstractPenalty
+from gradflow.regularizers.base import REGULARIZERS, AbstractPenalty
 
 
+@REGULARIZERS.register
 class WeightDecay(AbstractPenalty):
     r"""The penalty $\tfrac{\lambda}{2} \sum_i |W_i|^2$.
 

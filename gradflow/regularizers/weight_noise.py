@@ -9,9 +9,10 @@ from jaxtyping import Array, Float
 from gradflow.backend.types import Scalar
 from gradflow.checks import as_layers, as_parameter, check_layers, check_std, check_within
 from gradflow.random.streams import Stream
-from gradflow.regularizers.base import AbstractWeightNoise, layer_shapes
+from gradflow.regularizers.base import REGULARIZERS, AbstractWeightNoise, layer_shapes
 
 
+@REGULARIZERS.register
 class WeightNoise(AbstractWeightNoise):
     r"""Isotropic Gaussian noise on the weights, $W \to W + \sigma\,\xi$, one draw a step.
 

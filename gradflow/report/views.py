@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from gradflow.dynamics import SlowFlow
 from gradflow.plot.reading import RunView
 from gradflow.plot.style import LineStyle, group_colours, line_style
 from gradflow.study.results import StudyResult
 from gradflow.study.spec.spec import RunSpec
-from gradflow.study.spec.tables import SlowFlow
 
 
 def run_views(result: StudyResult, names: Sequence[str]) -> tuple[RunView, ...]:
@@ -62,7 +62,8 @@ def _shades(result: StudyResult) -> dict[str, LineStyle]:
 
 def _stroke_of(spec: RunSpec) -> str:
     """Returns the name by which the stroke of a run's dynamics is known."""
-    is_classical = isinstance(spec.dynamics, SlowFlow) and not spec.dynamics.finite_step
+    dynamics = spec.dynamics.made
+    is_classical = isinstance(dynamics, SlowFlow) and not dynamics.finite_step
     return "classical SlowFlow" if is_classical else spec.dynamics.kind
 
 

@@ -1,8 +1,8 @@
 """Plain descriptions of problems and dynamics, and the way back: what makes a run repeatable."""
 
-import dataclasses
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import diffrax
 import equinox as eqx
@@ -10,64 +10,51 @@ import jax
 import numpy as np
 import optax
 
-from gradflow import (
-    dynamics as dynamics_room,
-    regularizers as regularizers_room,
-    solvers as solvers_room,
-)
-from gradflow.dynamics.base import AbstractDynamics
-from gradflow.dynamics.from_optax import FromOptax
-from gradflow.regularizers.base import AbstractRegularizer
-from gradflow.regularizers.penalty import Penalty
+from gradflow import solvers as solvers_room
+from gradflow.dynamics import DYNAMICS, AbstractDynamics, FromOptax
+from gradflow.kinds import Kinds
+from gradflow.regularizers import REGULARIZERS, AbstractRegularizer, Penalty
 from gradflow.solvers.switching import Switching
 
-RENAMED = {"kind": "distribution", "schedule": "step_size"}
-"""Fields that a description calls otherwise: its own `kind` names the class, and a schedule stands
-in the place of the step size."""
+T = TypeVar("T", bound=type)
 
 
 def describe(part: AbstractDynamics | AbstractRegularizer) -> dict[str, Any]:
-    """A dynamics or regularizer as a JSON-ready dictionary: its kind and its fields."""
+    """A dynamics or regularizer as a JSON-ready dictionary: its kind and what makes it again."""
     described: dict[str, Any] = {"kind": type(part).__name__}
-    scheduled = getattr(part, "schedule", None) is not None
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if scheduled and field.name == "step_size":
-            value = None  # it is the first of the schedule's, which stands in its place
+    for name in inspect.signature(type(part)).parameters:
+        # The step size of a scheduled descent is the first of the schedule's.
+        schedule = getattr(part, "schedule", None) if name == "step_size" else None
+        value = getattr(part, name) if schedule is None else schedule
         if value is not None:
-            described[RENAMED.get(field.name, field.name)] = _plain(value)
+            described[name] = _plain(value)
     return described
 
 
 def rebuild_regularizer(described: Mapping[str, Any]) -> AbstractRegularizer:
     """The regularizer that `describe` described.
 
-    **Raises:** `ValueError` if its kind is not one that ships with gradflow.
+    **Raises:** `ValueError` if its kind is not registered.
     """
-    kind, fields = _kind_and_fields(described)
-    if not hasattr(regularizers_room, kind):
-        raise ValueError(
-            f"regularizers: {kind!r} does not ship with gradflow; rebuild the problem by hand."
-        )
-    return getattr(regularizers_room, kind)(**fields)
+    made, arguments = _kind_and_arguments(described, REGULARIZERS)
+    return made(**arguments)
 
 
 def rebuild_dynamics(described: Mapping[str, Any]) -> AbstractDynamics:
     """The dynamics that `describe` described.
 
-    **Raises:** `ValueError` if its kind or solver is not one that ships with gradflow or diffrax.
+    **Raises:** `ValueError` if its kind is not registered, or its solver does not ship with
+    gradflow or diffrax.
     """
-    kind, fields = _kind_and_fields(described)
-    if not hasattr(dynamics_room, kind):
-        raise ValueError(
-            f"dynamics: {kind!r} does not ship with gradflow; rebuild the dynamics by hand."
-        )
-    name = fields.pop("solver", None)
+    made, arguments = _kind_and_arguments(described, DYNAMICS)
+    name = arguments.pop("solver", None)
     # The explicit default takes the tolerances of its flow.
-    by_default = fields.get("stiff") or fields.get("conservative") or name == Switching.__name__
+    by_default = (
+        arguments.get("stiff") or arguments.get("conservative") or name == Switching.__name__
+    )
     if name is not None and not by_default:
-        fields["solver"] = _solver(name)
-    return getattr(dynamics_room, kind)(**fields)
+        arguments["solver"] = _solver(name)
+    return made(**arguments)
 
 
 def _plain(value: Any) -> Any:
@@ -83,13 +70,15 @@ def _plain(value: Any) -> Any:
     return type(value).__name__
 
 
-def _kind_and_fields(described: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    fields = {
-        ("kind" if name == RENAMED["kind"] else name): _from_plain(value)
-        for name, value in described.items()
-        if name != "kind"
-    }
-    return described["kind"], fields
+def _kind_and_arguments(described: Mapping[str, Any], kinds: Kinds[T]) -> tuple[T, dict[str, Any]]:
+    kind = described["kind"]
+    if kind not in kinds:
+        raise ValueError(
+            f"{kinds.concept}: {kind!r} is not known here. Import the module that defines it and "
+            f"registers it, or rebuild it by hand; known are {', '.join(kinds)}."
+        )
+    arguments = {k: _from_plain(value) for k, value in described.items() if k != "kind"}
+    return kinds[kind], arguments
 
 
 def _from_plain(value: Any) -> Any:
@@ -146,5 +135,5 @@ def _culprit(part: AbstractDynamics | AbstractRegularizer) -> str:
             fix = f"gf.FromOptax({', '.join(given)})"
         elif field == "schedule":
             fix = 'gf.FromOptax("exponential_decay", ...), the name and options of what made it'
-        return f".{RENAMED.get(field, field)} cannot be saved; give {fix}"
+        return f".{'step_size' if field == 'schedule' else field} cannot be saved; give {fix}"
     return ""

@@ -69,7 +69,7 @@ class Numbers(NamedTuple):
 def is_mask(noise: AbstractLayerNoise) -> bool:
     r"""$\kappa$: whether the noise drops units or entries, where it could move them a little."""
     return isinstance(noise, DropConnect) or (
-        isinstance(noise, Dropout) and noise.kind == "bernoulli"
+        isinstance(noise, Dropout) and noise.distribution == "bernoulli"
     )
 
 

@@ -251,7 +251,7 @@ def test_noise_inside_the_network():
     """
     rate = 1e-4
     variance = rate / (1.0 - rate)
-    gaussian = gf.Problem(DATA, [gf.Dropout(rate, kind="gaussian")])
+    gaussian = gf.Problem(DATA, [gf.Dropout(rate, distribution="gaussian")])
     found = gf.predict(gaussian, NET, H)
     assert found.leading_rate == pytest.approx(3.0 * H * variance, rel=1e-3)
     second = 2.0 / (2.0 - found.sharpness)

@@ -149,7 +149,7 @@ def test_the_classical_limit_is_not():
     "regularizers",
     [
         [gf.WeightNoise(0.004)],
-        [gf.Dropout(0.002, kind="gaussian")],
+        [gf.Dropout(0.002, distribution="gaussian")],
         [gf.Dropout(0.002), gf.LabelNoise(0.03)],
         [gf.GradientNoise(0.01)],
         [gf.WeightDecay(2e-4), gf.LabelNoise(0.03)],

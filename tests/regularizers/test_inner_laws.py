@@ -315,7 +315,7 @@ def without_type_checks():
         (lambda: DropConnect(1.5), ValueError, "DropConnect.rate is the probability to drop"),
         (lambda: WeightNoise(-1.0), ValueError, "WeightNoise.std must be a finite number >= 0"),
         (lambda: GradientNoise(-1.0), ValueError, "GradientNoise.std must be a finite number >= 0"),
-        (lambda: Dropout(0.1, "uniform"), ValueError, "Dropout.kind must be"),
+        (lambda: Dropout(0.1, "uniform"), ValueError, "Dropout.distribution must be"),
         (lambda: WeightNoise(0.1, 1), TypeError, "WeightNoise.anticorrelated must be True or"),
         (lambda: Dropout(0.1, layers=[]), ValueError, "Dropout.layers must be a list of distinct"),
         (lambda: Dropout(0.1, layers=[1, 1]), ValueError, "got (1, 1)."),

@@ -19,7 +19,6 @@ from gradflow.analysis.prediction.predict import Prediction
 from gradflow.analysis.rates import Rate
 from gradflow.results.trajectory import Trajectory
 from gradflow.study.results import ClaimResult, RunResult, StudyResult
-from gradflow.study.run.build import build_dynamics
 from gradflow.study.spec.spec import StudySpec
 
 SPEC: dict[str, Any] = {
@@ -123,7 +122,7 @@ def run_result(spec: StudySpec, index: int, dataset: xr.Dataset) -> RunResult:
     net = gf.DeepLinear([np.array([[2.0]]), np.array([[0.1]])])
     kind = run.name.partition("_")[0]
     problem = gf.Problem(gf.Regression.whitened(target=[[1.0]]), REGULARIZERS[kind])
-    trajectory = Trajectory(dataset, problem, build_dynamics(run.dynamics), [net])
+    trajectory = Trajectory(dataset, problem, run.dynamics.made, [net])
     expected, nan = RATES[kind], float("nan")
     window = (2.0, 100.0)
     noisy = run.replicas is not None

@@ -44,7 +44,7 @@ REGULARIZERS = [
     gf.InputNoise(0.3),
     gf.Minibatch(3, replacement=True),
     gf.Dropout(0.2, layers=[1, 3]),
-    gf.Dropout(0.2, kind="gaussian"),
+    gf.Dropout(0.2, distribution="gaussian"),
     gf.DropConnect(0.1, layers=[2]),
     gf.WeightNoise(0.1, anticorrelated=True),
     gf.GradientNoise(0.4),

@@ -41,10 +41,10 @@ spec.toml:1: name: got "Bad Name"; allowed: a name of lower-case letters, digits
 spec.toml:2: titel: unknown key; did you mean "title"? allowed here: name, title, description, seed, eps, data, datasets, network, networks, run, orders, figure, claim, short
 spec.toml:4: data.source: got "whiten"; did you mean "whitened"? allowed: whitened, moments, file, sklearn
 spec.toml:8: network.weights[1][0][1]: got "a"; allowed: a number
-spec.toml:11: run "a", dynamics.step_size: is missing; give step size h, a number > 0, or an optax schedule such as {{ name = "cosine_decay_schedule", init_value = 0.1, decay_steps = 1000 }}
+spec.toml:11: run "a", dynamics.step_size: is missing; give h > 0, flow time per step; or a schedule: a function of the step number that gives h_k >= 0, as optax makes them (a warm-up from 0, a decay to 0), or {{ name = "...", ... }} for a function of optax
 spec.toml:11: run "a", dynamics.stepsize: unknown key; did you mean "step_size"? allowed here: kind, step_size, momentum, nesterov, decay, optimizer, velocity, path_substeps
-spec.toml:14: run "a", regularizers[1].rate: got -1; allowed: a number > 0
-spec.toml:15: run "a", regularizers[2].kind: got "LabelNois"; did you mean "LabelNoise"? allowed: LabelNoise, InputNoise, WeightDecay, Minibatch, Dropout, DropConnect, WeightNoise, GradientNoise
+spec.toml:14: run "a", regularizers[1].rate: must be a finite number >= 0; got -1.0
+spec.toml:15: run "a", regularizers[2].kind: got "LabelNois"; did you mean "LabelNoise"? allowed: DropConnect, Dropout, GradientNoise, InputNoise, LabelNoise, Minibatch, WeightDecay, WeightNoise
 spec.toml:17: run "a", t1: got Infinity; allowed: the flow time to reach, a number > 0
 spec.toml:18: run 2, name: is missing; give a name of lower-case letters, digits, _ and - (it names files)
 spec.toml:19: run 2, dynamics: got "GradientFlow"; allowed: a table with the key kind

@@ -30,7 +30,6 @@ from gradflow.study.claims.weight_measures import WEIGHT_MEASURES
 from gradflow.study.results import RunResult
 from gradflow.study.spec.check import parameters
 from gradflow.study.spec.spec import ClaimSpec
-from gradflow.study.spec.tables import SlowFlow
 
 MEASURES: dict[str, Measure] = dict(WEIGHT_MEASURES)
 """Every measure of runs, by the name of its quantity."""
@@ -91,7 +90,7 @@ def _predicted(claim: ClaimSpec, run: RunResult, field: str) -> float | None:
 def _phase_window(claim: ClaimSpec, run: RunResult) -> tuple[float, float] | None:
     """The claim's window, or the regularization phase; None leaves the choice to the fit."""
     time = run.trajectory.time
-    if claim.window is None and isinstance(run.spec.dynamics, SlowFlow):
+    if claim.window is None and run.is_slow:
         return float(time[0]), float(time[-1])
     if claim.window is None and run.phases and math.isfinite(run.phases.optimization_end):
         return run.phases.optimization_end, float(time[-1])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from gradflow.dynamics import GradientDescent
 from gradflow.geometry.imbalance import gram_differences
 from gradflow.loss import gradient
 from gradflow.network import DeepLinear
@@ -21,7 +22,6 @@ from gradflow.study.claims.measurement import (
 )
 from gradflow.study.results import RunResult
 from gradflow.study.spec.spec import ClaimSpec
-from gradflow.study.spec.tables import GradientDescent
 
 WEIGHT_MEASURES: dict[str, Measure] = {}
 """The measures that read stored weights, by the name of their quantity."""
@@ -63,15 +63,15 @@ def gd_identity(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     noise.
     """
     (run,) = runs
-    problem, dynamics = run.trajectory.problem, run.spec.dynamics
+    problem, dynamics = run.trajectory.problem, run.spec.dynamics.made
     if not isinstance(dynamics, GradientDescent) or problem.is_stochastic:
         raise ValueError("the one-step identity is checked for gradient descent without noise")
     layers = stored_weights(run)
     flat = tuple(jax.numpy.asarray(w.reshape(-1, *w.shape[2:])) for w in layers)
     gradients = jax.vmap(lambda w: gradient(DeepLinear(w), problem.data))(flat)
-    if not isinstance(dynamics.step_size, float):
+    if dynamics.schedule is not None:
         raise ValueError("the one-step identity is checked for a constant step size")
-    step, shape = dynamics.step_size, layers[0].shape[:2]
+    step, shape = float(dynamics.step_size), layers[0].shape[:2]
     kicks = _balancedness(tuple(np.asarray(g).reshape(*shape, *g.shape[1:]) for g in gradients))
     decay = (1 - step * _weight_decay(run)) ** 2
     return Measurement(
@@ -103,7 +103,7 @@ def noether_decay(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """
     (run,) = runs
     check_start(run)
-    dynamics = run.spec.dynamics
+    dynamics = run.spec.dynamics.made
     if not isinstance(dynamics, GradientDescent):
         raise ValueError("the Noether charge decays by its momentum under GradientDescent only")
     layers = stored_weights(run)
@@ -118,7 +118,7 @@ def noether_decay(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     size = max(float(np.max(np.abs(j[:, 0]))) for j in charges)
     if size == 0.0:
         raise ValueError("the Noether charge is 0 at the start; give the run a velocity")
-    beta = dynamics.momentum
+    beta = 0.0 if dynamics.momentum is None else float(dynamics.momentum)
     residual = max(float(np.max(np.abs(j[:, 1:] - beta * j[:, :-1]))) for j in charges)
     return Measurement(residual / size, detail=f"largest charge {size:.3g} after the first step")
 

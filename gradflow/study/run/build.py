@@ -10,20 +10,18 @@ from pathlib import Path as FilePath
 import jax
 import numpy as np
 
-from gradflow import dynamics as dynamics_room, init
+from gradflow import init
 from gradflow.analysis.convergence.coupling import at_step_size, couple
 from gradflow.analysis.convergence.fit import FEWEST
 from gradflow.backend.types import Weights
 from gradflow.checks import check_fit
 from gradflow.data import Regression
-from gradflow.dynamics import AbstractDynamics, FromOptax, SlowFlow
+from gradflow.dynamics import AbstractDynamics, SlowFlow
 from gradflow.dynamics.normals import check_normals, check_pairs
 from gradflow.network import DeepLinear
 from gradflow.observables import resolve
 from gradflow.problem import Problem
 from gradflow.random.streams import Normals
-from gradflow.regularizers import AbstractRegularizer
-from gradflow.results.serialize import rebuild_regularizer
 from gradflow.study.spec.errors import Fault
 from gradflow.study.spec.load import Study
 from gradflow.study.spec.locate import Path
@@ -33,15 +31,12 @@ from gradflow.study.spec.spec import NormalsSpec, RunSpec, StudySpec, TimeSeries
 from gradflow.study.spec.tables import (
     BalancedInit,
     DataSpec,
-    DynamicsSpec,
     FileData,
-    FromOptax as FromOptaxTable,
     GaussianInit,
     GivenWeights,
     MomentsData,
     NetworkSpec,
     OrthogonalInit,
-    RegularizerSpec,
     SklearnData,
     UnbalancedInit,
     WhitenedData,
@@ -115,7 +110,7 @@ class _Building:
         try:
             problem, network = self._problem(run, at)
             self.place = (*at, "dynamics")
-            dynamics = build_dynamics(run.dynamics)
+            dynamics = run.dynamics.made
             self.place = (*at, "replicas")
             _check_replicas(run, problem, dynamics)
             self.place = (*at, "normals")
@@ -135,9 +130,9 @@ class _Building:
         try:
             problem, network = self._problem(orders, at)
             self.place = (*at, "first")
-            first = build_dynamics(orders.first)
+            first = orders.first.made
             self.place = (*at, "second")
-            second = build_dynamics(orders.second)
+            second = orders.second.made
             self.place = at
             if orders.replicas is None and any(d.is_random(problem) for d in (first, second)):
                 raise ValueError("compares random dynamics; give replicas, such as 10000")
@@ -160,7 +155,7 @@ class _Building:
         network = build_network(spec.network_of(table))
         check_fit("widths", network.widths, data.d_in, data.d_out)
         self.place = (*at, "regularizers")
-        regularizers = [build_regularizer(item) for item in table.regularizers]
+        regularizers = [item.made for item in table.regularizers]
         problem = Problem(data, regularizers=regularizers)
         if regularizers:
             jax.eval_shape(problem.averaged_loss, network.weights)  # raises if one does not fit
@@ -203,24 +198,6 @@ def build_network(spec: NetworkSpec) -> DeepLinear:
                 scale=spec.scale,
                 heavy=spec.heavy,
             )
-
-
-def build_dynamics(spec: DynamicsSpec) -> AbstractDynamics:
-    """The dynamics of a dynamics table.
-
-    **Raises:** `ValueError` for a name that optax does not have, or values that do not fit.
-    """
-    fields = dict(spec)
-    kind = fields.pop("kind")
-    for key, value in fields.items():
-        if isinstance(value, FromOptaxTable):
-            fields[key] = FromOptax(value.name, **(value.model_extra or {}))
-    return getattr(dynamics_room, kind)(**fields)
-
-
-def build_regularizer(spec: RegularizerSpec) -> AbstractRegularizer:
-    """The regularizer of a regularizer table."""
-    return rebuild_regularizer(spec.model_dump())
 
 
 def build_normals(spec: NormalsSpec | None) -> Normals | None:

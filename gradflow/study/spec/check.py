@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
+from gradflow.dynamics import GradientDescent
 from gradflow.observables import BUILT_IN, DEFAULT
 from gradflow.study.spec.errors import Fault, not_one_of, shown
 from gradflow.study.spec.locate import Path
@@ -20,7 +21,7 @@ from gradflow.study.spec.spec import (
     StudySpec,
     TimeSeries,
 )
-from gradflow.study.spec.tables import WITHOUT_STEP, BalancedInit, GradientDescent, UnbalancedInit
+from gradflow.study.spec.tables import BalancedInit, UnbalancedInit
 
 WEIGHTS = "weights"
 """What an [[orders]] table calls the distance of the weights themselves."""
@@ -106,7 +107,7 @@ def _run(spec: StudySpec, run: RunSpec, at: Path) -> Iterator[Fault]:
         yield Fault(
             (*at, "steps"), f"got {run.steps} beside t1 = {run.t1:g}; give only one of them"
         )
-    if run.steps is not None and isinstance(run.dynamics, WITHOUT_STEP):
+    if run.steps is not None and run.dynamics.made.step_size is None:
         kind = run.dynamics.kind
         yield Fault((*at, "steps"), f"got {run.steps}; {kind} has no steps, give t1")
     yield from _save(run.save, run.t1, (*at, "save"))
@@ -119,7 +120,7 @@ def _orders(spec: StudySpec, orders: OrdersSpec, at: Path) -> Iterator[Fault]:
     has_data, has_network = spec.data is not None, spec.network is not None
     yield from _reference(orders.data, has_data, list(spec.datasets), "data", at)
     yield from _reference(orders.network, has_network, list(spec.networks), "network", at)
-    if isinstance(orders.first, WITHOUT_STEP) and isinstance(orders.second, WITHOUT_STEP):
+    if orders.first.made.step_size is None and orders.second.made.step_size is None:
         message = f"got {orders.second.kind} beside {orders.first.kind}; neither has a step size"
         yield Fault((*at, "second"), f"{message}, so nothing depends on step_sizes")
     if len(set(orders.step_sizes)) < len(orders.step_sizes):
@@ -346,9 +347,10 @@ def _stored(claim: ClaimSpec, runs: list[RunSpec], at: Path, key: str) -> Iterat
             yield Fault((*at, key), message)
         if not quantities & _EVERY_STEP:
             continue
-        if not isinstance(run.dynamics, GradientDescent) or (
+        dynamics = run.dynamics.made
+        if not isinstance(dynamics, GradientDescent) or (
             "gd_identity" in quantities
-            and (run.dynamics.momentum > 0 or run.dynamics.optimizer is not None)
+            and (dynamics.momentum is not None or dynamics.optimizer is not None)
         ):
             which = "plain GradientDescent" if "gd_identity" in quantities else "GradientDescent"
             message = f'run "{run.name}" is not {which}; {claim.quantity} holds only there'

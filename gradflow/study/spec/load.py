@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from gradflow.study.spec.check import check
 from gradflow.study.spec.errors import Fault, not_one_of, shown, suggestion
+from gradflow.study.spec.kind_tables import REFUSED, KindOf, KindTable
 from gradflow.study.spec.locate import Lines, Path as KeyPath, syntax_error_line
 from gradflow.study.spec.order_tables import given_step_sizes
 from gradflow.study.spec.part import Part, take_part
@@ -143,6 +144,8 @@ def _faults(error: ValidationError) -> Iterator[Fault]:
         given = f"got {shown(item['input'])}; "
         field, model = _field(loc)
         match item["type"]:
+            case kind if kind == REFUSED:
+                message = item["msg"]
             case "extra_forbidden":
                 allowed = [*model.model_fields] if model else []
                 close = suggestion(path[-1], allowed)
@@ -194,13 +197,25 @@ def _field(loc: tuple[str | int, ...]) -> tuple[FieldInfo | None, type[BaseModel
         elif len(candidates) == 1:
             owner = candidates[0][1]
             field = owner.model_fields.get(part)
-            candidates = list(_models(field.annotation)) if field else []
+            candidates = list(_tables(field)) if field else []
             in_names = field is not None and get_origin(field.annotation) is dict
     return field, owner
 
 
+def _tables(field: FieldInfo) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The tables that a field may hold, with their tags."""
+    for mark in field.metadata:
+        if isinstance(mark, KindOf):
+            yield from mark.tables()
+    yield from _models(field.annotation)
+
+
 def _models(annotation: Any, tag: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     """The models inside an annotation with their tags."""
+    kinds = [m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, KindOf)]
+    if kinds or annotation is KindTable:
+        yield from (pair for mark in kinds for pair in mark.tables())
+        return
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield tag, annotation
     for inner in get_args(annotation):
@@ -221,6 +236,6 @@ def _words(annotation: Any) -> Iterator[str]:
 
 def _choices(field: FieldInfo | None) -> tuple[str, list[str]]:
     """The key that chooses between the tables of a field and the values it takes."""
-    tags = [tag for tag, _ in _models(field.annotation)] if field else []
+    tags = [tag for tag, _ in _tables(field)] if field else []
     key = tags[0].partition("=")[0] if tags else ""
     return key, [tag.partition("=")[2] for tag in tags]

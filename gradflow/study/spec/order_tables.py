@@ -11,21 +11,19 @@ from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import Field, Tag, model_validator
 
+from gradflow.dynamics import DYNAMICS
 from gradflow.study.spec.errors import Fault, shown
+from gradflow.study.spec.kind_tables import DynamicsTable, RegularizerTable, table_of
 from gradflow.study.spec.tables import (
     NAME,
-    WITHOUT_STEP,
     DataSpec,
-    DynamicsSpec,
     Name,
     NetworkSpec,
     Positive,
-    RegularizerSpec,
     Section,
     name_or,
 )
 
-_STEPLESS = [kind.__name__ for kind in WITHOUT_STEP]
 _PAIR = ("first", "second")
 
 
@@ -41,7 +39,11 @@ def given_step_sizes(table: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def _takes_step_size(dynamics: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(dynamics, dict) and dynamics.get("kind") not in _STEPLESS
+    """Whether a table that is written is one of a dynamics that takes a step size, or of none."""
+    if not isinstance(dynamics, dict):
+        return False
+    known = DYNAMICS.get(str(dynamics.get("kind")))
+    return known is None or "step_size" in table_of(known).model_fields
 
 
 class OrdersSpec(Section):
@@ -55,13 +57,13 @@ class OrdersSpec(Section):
     network: Annotated[
         Annotated[Name, Tag("=name")] | Annotated[NetworkSpec, Tag("=network")], name_or("network")
     ] = Field(default="default", description="a name from [networks] or a table like [network]")
-    regularizers: list[RegularizerSpec] = Field(
+    regularizers: list[RegularizerTable] = Field(
         default_factory=list, description='a list of tables such as { kind = "LabelNoise", ... }'
     )
-    first: DynamicsSpec = Field(
+    first: DynamicsTable = Field(
         description='a table such as { kind = "GradientDescent" }, without step_size'
     )
-    second: DynamicsSpec = Field(
+    second: DynamicsTable = Field(
         description='a table such as { kind = "ModifiedFlow", order = 2 }, without step_size'
     )
     step_sizes: Annotated[list[Positive], Field(min_length=3)] = Field(

@@ -11,19 +11,18 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from gradflow.study.spec.kind_tables import DynamicsTable, RegularizerTable
 from gradflow.study.spec.order_tables import OrdersSpec
 from gradflow.study.spec.quantities import QUANTITIES
 from gradflow.study.spec.tables import (
     NAME,
     Count,
     DataSpec,
-    DynamicsSpec,
     Finite,
     Name,
     NetworkSpec,
     NonNegative,
     Positive,
-    RegularizerSpec,
     Section,
     by,
     name_or,
@@ -70,8 +69,8 @@ class RunSpec(Section):
     network: Annotated[
         Annotated[Name, Tag("=name")] | Annotated[NetworkSpec, Tag("=network")], name_or("network")
     ] = Field(default="default", description="a name from [networks] or a table like [network]")
-    dynamics: DynamicsSpec = Field(description='a table such as { kind = "GradientFlow" }')
-    regularizers: list[RegularizerSpec] = Field(
+    dynamics: DynamicsTable = Field(description='a table such as { kind = "GradientFlow" }')
+    regularizers: list[RegularizerTable] = Field(
         default_factory=list, description='a list of tables such as { kind = "WeightDecay", ... }'
     )
     replicas: Count | None = Field(default=None, description="a whole number >= 1")
