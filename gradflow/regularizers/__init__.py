@@ -5,6 +5,7 @@ from gradflow.regularizers.base import (
     AbstractActivationNoise as AbstractActivationNoise,
     AbstractBatch as AbstractBatch,
     AbstractDataNoise as AbstractDataNoise,
+    AbstractEndToEndNoise as AbstractEndToEndNoise,
     AbstractGradientNoise as AbstractGradientNoise,
     AbstractLayerNoise as AbstractLayerNoise,
     AbstractPenalty as AbstractPenalty,

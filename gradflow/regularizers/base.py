@@ -86,7 +86,41 @@ class AbstractPenalty(AbstractRegularizer):
         """Its gradient, one array a layer."""
 
 
-class AbstractBatch(AbstractRegularizer):
+class AbstractEndToEndNoise(AbstractRegularizer):
+    """Noise that enters through the gradient with respect to the end-to-end matrix alone.
+
+    Its diffusion has a closed factor: `increment` is linear in standard normals of `normal_shape`
+    and has the covariance `covariance` at `moments`.
+    """
+
+    @abc.abstractmethod
+    def normal_shape(self, data: Regression) -> tuple[int, ...]:
+        """Shape of the standard normals that `increment` takes."""
+
+    @abc.abstractmethod
+    def increment(self, moments: NoiseMoments, normals: Array) -> EndToEnd:
+        """The diffusion factor applied to standard normals, as noise on $M$."""
+
+    @abc.abstractmethod
+    def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:
+        """Covariance of `increment`, `(d_N d_0, d_N d_0)`, row-major vec."""
+
+    @property
+    @abc.abstractmethod
+    def is_multiplicative(self) -> bool:
+        """Whether `covariance` depends on the end-to-end matrix."""
+
+    @abc.abstractmethod
+    def feedback(
+        self, moments: NoiseMoments, spread: Float[Array, "d_out d_in d_out d_in"]
+    ) -> Float[Array, "d_out d_in d_out d_in"]:
+        r"""What fluctuations of $P$ add to `covariance`: $E[C(P + \rho)] - C(P)$, exactly.
+
+        `spread` is $E[\rho_{ai} \rho_{ck}]$; linear in it, as $C$ is quadratic in $P$.
+        """
+
+
+class AbstractBatch(AbstractEndToEndNoise):
     """A choice of the rows that enter one step.
 
     To write one, give the sampled face (`size`, `check`, `draw`, `rows`) and the moments of the
@@ -114,34 +148,8 @@ class AbstractBatch(AbstractRegularizer):
     ) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch d_out"]]:
         """The inputs and targets of one step of one path."""
 
-    @abc.abstractmethod
-    def normal_shape(self, data: Regression) -> tuple[int, ...]:
-        """Shape of the standard normals that `increment` takes."""
 
-    @abc.abstractmethod
-    def increment(self, moments: NoiseMoments, normals: Array) -> EndToEnd:
-        """The diffusion factor applied to standard normals, as noise on $M$."""
-
-    @abc.abstractmethod
-    def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:
-        """Covariance of `increment`, `(d_N d_0, d_N d_0)`, row-major vec."""
-
-    @property
-    @abc.abstractmethod
-    def is_multiplicative(self) -> bool:
-        """Whether `covariance` depends on the end-to-end matrix."""
-
-    @abc.abstractmethod
-    def feedback(
-        self, moments: NoiseMoments, spread: Float[Array, "d_out d_in d_out d_in"]
-    ) -> Float[Array, "d_out d_in d_out d_in"]:
-        r"""What fluctuations of $P$ add to `covariance`: $E[C(P + \rho)] - C(P)$, exactly.
-
-        `spread` is $E[\rho_{ai} \rho_{ck}]$; linear in it, as $C$ is quadratic in $P$.
-        """
-
-
-class AbstractDataNoise(AbstractRegularizer):
+class AbstractDataNoise(AbstractEndToEndNoise):
     """Noise on inputs or labels; it enters through the end-to-end gradient alone.
 
     To write one, give the sampled face (`draw_shape`, `perturb`: the rows under standard normals),
@@ -166,32 +174,6 @@ class AbstractDataNoise(AbstractRegularizer):
         y: Float[Array, "batch d_out"],
     ) -> tuple[Float[Array, "batch d_in"], Float[Array, "batch d_out"]]:
         """The perturbed rows."""
-
-    @abc.abstractmethod
-    def normal_shape(self, data: Regression) -> tuple[int, ...]:
-        """Shape of the standard normals that `increment` takes."""
-
-    @abc.abstractmethod
-    def increment(self, moments: NoiseMoments, normals: Array) -> EndToEnd:
-        """The diffusion factor applied to standard normals, as noise on $M$."""
-
-    @abc.abstractmethod
-    def covariance(self, moments: NoiseMoments) -> Float[Array, "outputs outputs"]:
-        """Covariance of `increment`, `(d_N d_0, d_N d_0)`, row-major vec."""
-
-    @property
-    @abc.abstractmethod
-    def is_multiplicative(self) -> bool:
-        """Whether `covariance` depends on the end-to-end matrix."""
-
-    @abc.abstractmethod
-    def feedback(
-        self, moments: NoiseMoments, spread: Float[Array, "d_out d_in d_out d_in"]
-    ) -> Float[Array, "d_out d_in d_out d_in"]:
-        r"""What fluctuations of $P$ add to `covariance`: $E[C(P + \rho)] - C(P)$, exactly.
-
-        `spread` is $E[\rho_{ai} \rho_{ck}]$; linear in it, as $C$ is quadratic in $P$.
-        """
 
     @abc.abstractmethod
     def is_linear(self) -> bool:

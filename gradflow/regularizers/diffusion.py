@@ -18,8 +18,7 @@ from gradflow.backend.types import EndToEnd, Weights
 from gradflow.data import Regression
 from gradflow.random.streams import Stream
 from gradflow.regularizers.base import (
-    AbstractBatch,
-    AbstractDataNoise,
+    AbstractEndToEndNoise,
     AbstractGradientNoise,
     AbstractLayerNoise,
     AbstractPenalty,
@@ -59,7 +58,7 @@ def draw_normals(
         tuple(
             stream.substream(i).normals(r.normal_shape(data))
             for i, r in noises
-            if isinstance(r, AbstractBatch | AbstractDataNoise)
+            if isinstance(r, AbstractEndToEndNoise)
         ),
         tuple(
             gradient_normals(stream.substream(i), widths)
@@ -138,9 +137,9 @@ def end_to_end_covariance(
 
 def data_sources(
     regularizers: Sequence[AbstractRegularizer],
-) -> list[AbstractBatch | AbstractDataNoise]:
+) -> list[AbstractEndToEndNoise]:
     """The noises that enter through the end-to-end gradient."""
-    return [r for r in regularizers if isinstance(r, AbstractBatch | AbstractDataNoise)]
+    return [r for r in regularizers if isinstance(r, AbstractEndToEndNoise)]
 
 
 def check_factor(regularizers: Sequence[AbstractRegularizer]) -> None:

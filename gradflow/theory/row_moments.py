@@ -13,8 +13,7 @@ from gradflow.network import end_to_end
 from gradflow.problem import Problem
 from gradflow.regularizers.base import (
     AbstractActivationNoise,
-    AbstractBatch,
-    AbstractDataNoise,
+    AbstractEndToEndNoise,
     AbstractLayerNoise,
     NoiseMoments,
 )
@@ -86,7 +85,7 @@ def _root(moments: Float[Array, "D d_in D d_in"]) -> Float[Array, "D d_in column
 
 
 def _columns(
-    source: AbstractBatch | AbstractDataNoise,
+    source: AbstractEndToEndNoise,
     moments: NoiseMoments,
     units: Float[Array, "outputs d_out d_in"],
 ) -> Float[Array, "outputs columns"]:
