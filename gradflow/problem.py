@@ -46,6 +46,7 @@ from gradflow.regularizers.sampled import (
     sampled_loss,
     weight_shift,
 )
+from gradflow.regularizers.weight_decay import WeightDecay
 
 
 class Problem(eqx.Module):
@@ -147,6 +148,17 @@ class Problem(eqx.Module):
     def penalties(self) -> tuple[AbstractPenalty, ...]:
         """The deterministic terms added to the loss."""
         return tuple(r for r in self.regularizers if isinstance(r, AbstractPenalty))
+
+    @property
+    def weight_decay(self) -> Scalar:
+        r"""The total rate $\lambda$ of weight decay (0 without any)."""
+        rates = (p.rate for p in self.penalties if isinstance(p, WeightDecay))
+        return sum(rates, start=jnp.zeros((), self.data.sxx.dtype))
+
+    @property
+    def other_penalties(self) -> tuple[AbstractPenalty, ...]:
+        """The penalties beside weight decay."""
+        return tuple(p for p in self.penalties if not isinstance(p, WeightDecay))
 
     @property
     def input_variance(self) -> Scalar:

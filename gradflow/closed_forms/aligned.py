@@ -13,7 +13,6 @@ from gradflow.closed_forms.alignment import find_alignment
 from gradflow.closed_forms.base import (
     AbstractClosedForm,
     copied,
-    decay_rate,
     moment_arrays,
     why_decaying,
     why_not_quadratic,
@@ -74,13 +73,13 @@ class AlignedPairs(AbstractClosedForm):
 
     def prepare(self, problem: Problem, weights: Weights) -> Any:
         """The modes, and whether weights decay."""
-        decays = float(decay_rate(problem)) > 0.0
+        decays = float(problem.weight_decay) > 0.0
         return modes_of(problem, weights), jnp.zeros(()) if decays else None
 
     def evaluate(self, problem: Problem, prepared: Any, t: Scalar) -> Weights:
         """Rotate every mode by its angle; what is in no mode only decays."""
         modes, decays = prepared
-        rate = decay_rate(problem)
+        rate = problem.weight_decay
 
         def move(w: Float[Array, "2"], sxx: Scalar, b: Scalar) -> Float[Array, "2"]:
             w1, w2 = w[:1], w[1:]

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 from gradflow.backend.types import Scalar, Weights
 from gradflow.problem import Problem
-from gradflow.regularizers import WeightDecay
 
 
 class AbstractClosedForm(eqx.Module):
@@ -37,25 +36,18 @@ class AbstractClosedForm(eqx.Module):
         """The weights a flow time `t` >= 0 after the start; can be compiled."""
 
 
-def decay_rate(problem: Problem) -> Scalar:
-    r"""The total rate $\lambda$ of weight decay."""
-    rates = (p.rate for p in problem.penalties if isinstance(p, WeightDecay))
-    return sum(rates, start=jnp.zeros(()))
-
-
 def why_not_quadratic(problem: Problem) -> str | None:
     """Why the averaged loss is not that of linear regression plus weight decay; None if it is."""
     if problem.layer_noise:
         return f"{type(problem.layer_noise[0]).__name__} changes the averaged loss"
-    for penalty in problem.penalties:
-        if not isinstance(penalty, WeightDecay):
-            return f"{type(penalty).__name__} adds a penalty other than weight decay"
+    for penalty in problem.other_penalties:
+        return f"{type(penalty).__name__} adds a penalty other than weight decay"
     return None
 
 
 def why_decaying(problem: Problem) -> str | None:
     """The rate of weight decay as a reason; None if it is 0."""
-    rate = float(decay_rate(problem))
+    rate = float(problem.weight_decay)
     return f"weight decay {rate:g} is not 0" if rate != 0.0 else None
 
 

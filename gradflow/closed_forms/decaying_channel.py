@@ -12,7 +12,6 @@ from gradflow.backend.types import Scalar, Weights
 from gradflow.closed_forms.base import (
     AbstractClosedForm,
     copied,
-    decay_rate,
     mean_decay,
     why_not_quadratic,
 )
@@ -40,7 +39,7 @@ class DecayingChannel(AbstractClosedForm):
     def why_not(self, problem: Problem, weights: Weights) -> str | None:
         """Needs widths (1, k, 1) and weight decay."""
         reason = why_not_channel(weights) or why_not_quadratic(problem)
-        if reason is None and float(decay_rate(problem)) == 0.0:
+        if reason is None and float(problem.weight_decay) == 0.0:
             reason = "weight decay is 0"
         return reason
 
@@ -52,7 +51,7 @@ class DecayingChannel(AbstractClosedForm):
         """Rotate the start by the angle at time `t`, and shrink it."""
         w1, w2 = prepared[0][:, 0], prepared[1][0]
         sxx, b = problem.input_moment[0, 0], problem.data.syx[0, 0]
-        rate = decay_rate(problem)
+        rate = problem.weight_decay
         w1, w2 = rotate(w1, w2, decaying_turn(*invariants(w1, w2), sxx, b, rate, t))
         return w1[:, None], w2[None]
 

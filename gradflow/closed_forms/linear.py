@@ -6,7 +6,6 @@ from gradflow.backend.types import Scalar, Weights
 from gradflow.closed_forms.base import (
     AbstractClosedForm,
     copied,
-    decay_rate,
     mean_decay,
     why_not_quadratic,
 )
@@ -36,7 +35,7 @@ class Linear(AbstractClosedForm):
         """In the eigenbasis of the input moment."""
         (w,) = prepared
         vectors = problem.data.sxx_eigenvectors
-        values = problem.data.sxx_eigenvalues + problem.input_variance + decay_rate(problem)
+        values = problem.data.sxx_eigenvalues + problem.input_variance + problem.weight_decay
         inside, target = w @ vectors, problem.data.syx @ vectors
         gone = t * mean_decay(values * t)
         moved = (target - inside * values) * gone

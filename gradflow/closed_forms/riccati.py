@@ -11,7 +11,6 @@ from gradflow.backend.types import Scalar, Weights
 from gradflow.closed_forms.base import (
     AbstractClosedForm,
     copied,
-    decay_rate,
     mean_decay,
     moment_arrays,
     why_not_quadratic,
@@ -79,7 +78,7 @@ class Riccati(AbstractClosedForm):
                 "W_2^T W_2 - W_1 W_1^T is not a multiple of the identity (missed by "
                 f"{missed:.1g} of the squared norm)"
             )
-        rate, gamma = float(decay_rate(problem)), float(np.mean(np.diag(gram)))
+        rate, gamma = float(problem.weight_decay), float(np.mean(np.diag(gram)))
         if rate != 0.0 and abs(gamma) > TOLERANCE * size:
             return (
                 f"weight decay {rate:g} needs a balanced start, but W_2^T W_2 - W_1 W_1^T is "
@@ -95,7 +94,7 @@ class Riccati(AbstractClosedForm):
         """Piece by piece, each as long as the fastest rate allows."""
         w1, w2 = prepared
         d_in, d_hidden = w1.shape[1], w1.shape[0]
-        c, rate = problem.input_moment[0, 0], decay_rate(problem)
+        c, rate = problem.input_moment[0, 0], problem.weight_decay
         gamma = jnp.where(rate > 0.0, 0.0, (jnp.sum(w2**2) - jnp.sum(w1**2)) / d_hidden)
         syx = problem.data.syx
         half = 0.5 * c * gamma

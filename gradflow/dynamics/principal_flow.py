@@ -15,7 +15,6 @@ from gradflow.dynamics.base import DYNAMICS
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.geometry.curvature import LARGEST_DENSE_HESSIAN
 from gradflow.problem import Problem
-from gradflow.regularizers.weight_decay import WeightDecay
 
 REACH = 4.0
 """Squares of the real points from which a gradient is continued to the imaginary axis lie below."""
@@ -74,7 +73,7 @@ class PrincipalFlow(AbstractOdeFlow):
                 f"net: the dense Hessian of {parameters} parameters is too large (limit "
                 f"{LARGEST_DENSE_HESSIAN}); use ModifiedFlow, which needs no Hessian."
             )
-        others = [type(p).__name__ for p in problem.penalties if not isinstance(p, WeightDecay)]
+        others = [type(p).__name__ for p in problem.other_penalties]
         if others:
             raise ValueError(
                 f"regularizers: PrincipalFlow continues the gradient to complex weights as a "

@@ -15,7 +15,6 @@ from gradflow.dynamics.base import squared_norm
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.regularizers.base import AbstractPenalty
-from gradflow.regularizers.weight_decay import WeightDecay
 
 MOST_PATHS = 2**32
 """Paths are numbered with 32 bits."""
@@ -96,9 +95,7 @@ def _penalty_at(penalty: AbstractPenalty, weights: Weights) -> tuple[Array, Weig
 
 def check_penalties(problem: Problem, weights: Weights) -> None:
     """Raise a `ValueError` for a penalty that has no value or gradient at a start."""
-    for penalty in problem.penalties:
-        if isinstance(penalty, WeightDecay):
-            continue  # finite where the norms are
+    for penalty in problem.other_penalties:  # weight decay is finite where the norms are
         value, slope = _penalty_at(penalty, weights)
         name = getattr(penalty, "name", type(penalty).__name__)
         slopes = np.concatenate([np.asarray(g).reshape(-1, g.shape[-1]) for g in slope])

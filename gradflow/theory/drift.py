@@ -9,7 +9,7 @@ from gradflow.geometry.imbalance import gram_differences, squared_norms
 from gradflow.loss import pull_back
 from gradflow.network import DeepLinear, left_products, right_products, widths_of
 from gradflow.problem import Problem
-from gradflow.theory.floor import other_pull, total_decay
+from gradflow.theory.floor import other_pull
 from gradflow.theory.noise import (
     check_outside,
     gradient_noise_variances,
@@ -62,7 +62,7 @@ def expected_balancedness_drift(
     """
     check_outside(problem, "expected_balancedness_drift", INSTEAD)
     h = jnp.asarray(step_size)
-    rate = total_decay(problem)
+    rate = problem.weight_decay
     balance = gram_differences(weights)
     noise = noise_balancedness(problem, weights)
     drift = [-2.0 * rate * g + h * z for g, z in zip(balance, noise, strict=True)]
@@ -129,7 +129,7 @@ def layer_drifts(
     """
     check_outside(problem, "layer_drifts", INSTEAD)
     h = jnp.asarray(step_size)
-    rate = total_decay(problem)
+    rate = problem.weight_decay
     norms = squared_norms(DeepLinear(weights))
     covariance = noise_covariance(problem, weights)
     if extra is not None:

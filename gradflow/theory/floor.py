@@ -8,7 +8,6 @@ from gradflow.loss import push_forward
 from gradflow.network import end_to_end, left_products, right_products
 from gradflow.problem import Problem
 from gradflow.regularizers.averaged import add_penalties
-from gradflow.regularizers.weight_decay import WeightDecay
 from gradflow.theory.noise import check_outside
 from gradflow.theory.stationary import stationary_covariance
 
@@ -18,15 +17,9 @@ INSTEAD = (
 )
 
 
-def total_decay(problem: Problem) -> Scalar:
-    r"""The total weight-decay rate $\lambda$ of a problem (0 without any)."""
-    rates = [r.rate for r in problem.regularizers if isinstance(r, WeightDecay)]
-    return sum(rates, start=jnp.zeros((), problem.data.sxx.dtype))
-
-
 def other_pull(problem: Problem, weights: Weights) -> Weights | None:
     """The gradient of the penalties beside weight decay; None if there are none."""
-    others = [r for r in problem.penalties if not isinstance(r, WeightDecay)]
+    others = problem.other_penalties
     zeros = tuple(jnp.zeros_like(w) for w in weights)
     return add_penalties(zeros, weights, others) if others else None
 
@@ -49,7 +42,7 @@ def slaved_residual(problem: Problem, weights: Weights) -> EndToEnd:
     kernel = sum(jnp.kron(a @ a.T, b.T @ b) for a, b in zip(lefts, rights, strict=True))
     p = end_to_end(weights)
     inverse = jnp.linalg.pinv(kernel, hermitian=True)
-    residual = -total_decay(problem) * len(weights) * (inverse @ p.ravel())
+    residual = -problem.weight_decay * len(weights) * (inverse @ p.ravel())
     if (other := other_pull(problem, weights)) is not None:
         residual = residual - inverse @ push_forward(weights, other).ravel()
     return residual.reshape(p.shape)

@@ -5,7 +5,6 @@ import pytest
 import training
 
 import gradflow as gf
-from gradflow.closed_forms.base import decay_rate
 
 rng = np.random.default_rng(3)
 GENERAL = [rng.normal(size=(3, 2)), rng.normal(size=(2, 3))]
@@ -44,7 +43,7 @@ def test_chooses_a_form_and_agrees_with_scipy(problem: gf.Problem, net: gf.DeepL
     assert gf.ExactFlow().closed_form(problem, net) == form
     times = [0.0, 0.01, 0.5, 2.0, 5.0]
     run = gf.simulate(problem, net, gf.ExactFlow(), t1=5.0, save=times, observables=["loss"])
-    decay = float(decay_rate(problem))
+    decay = float(problem.weight_decay)
     start = [np.asarray(w) for w in net.weights]
     sxx, syx = np.asarray(problem.input_moment), np.asarray(problem.data.syx)
     expected = training.flow(start, sxx, syx, times, decay=decay, rtol=1e-13)

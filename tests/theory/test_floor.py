@@ -22,7 +22,6 @@ from gradflow.theory import (
     stationary_covariance,
     weight_decay_plateau,
 )
-from gradflow.theory.floor import total_decay
 
 
 @compiled
@@ -88,7 +87,7 @@ def test_slaved_residual_and_plateau_at_a_stationary_point(widths, sigma):
     regularizers = [gf.WeightDecay(0.02), gf.InputNoise(sigma), gf.WeightDecay(rate - 0.02)]
     problem = gf.Problem(population(), regularizers)
     weights = tuple(jnp.asarray(w) for w in layers)
-    np.testing.assert_allclose(total_decay(problem), rate)
+    np.testing.assert_allclose(problem.weight_decay, rate)
     assert_close([slaved_residual(problem, weights)], [residual], 1.0, 1e-11)
     assert_close([weight_decay_plateau(problem, weights)], [excess], 1.0, 1e-11)
 
@@ -106,7 +105,7 @@ def test_weight_decay_on_two_scalar_layers():
 def test_no_weight_decay_holds_up_nothing():
     problem = gf.Problem(population(), [gf.LabelNoise(0.3)])
     weights = network((2, 3, 2)).weights
-    assert float(total_decay(problem)) == 0.0
+    assert float(problem.weight_decay) == 0.0
     assert not np.any(slaved_residual(problem, weights))
     assert float(weight_decay_plateau(problem, weights)) == 0.0
 

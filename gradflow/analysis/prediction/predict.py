@@ -36,11 +36,9 @@ from gradflow.geometry.imbalance import imbalance, squared_norms
 from gradflow.network import DeepLinear
 from gradflow.observables import theory_options
 from gradflow.problem import Problem
-from gradflow.regularizers.weight_decay import WeightDecay
 from gradflow.results.trajectory import Trajectory
 from gradflow.simulation.progress import announced
 from gradflow.theory.drift import imbalance_drift
-from gradflow.theory.floor import total_decay
 from gradflow.theory.stationary import stationary_covariance
 
 OVERLAPPING = 0.01
@@ -128,7 +126,7 @@ def _predicted(run: "_Run") -> Prediction:
 
 def _check_penalties(problem: Problem) -> None:
     """Raise a `ValueError` for a penalty whose second order in the step size is not known."""
-    others = [type(r).__name__ for r in problem.penalties if not isinstance(r, WeightDecay)]
+    others = [type(r).__name__ for r in problem.other_penalties]
     if others:
         raise ValueError(
             f"regularizers: of all penalties predictions cover WeightDecay alone, not "
@@ -267,7 +265,7 @@ class _Run:
             drift, compounded = self._exact_drift(start.limit), start.training
         if theory == "finite_step" and not self.is_slow and self.momentum is None:
             compounded = start.training
-            drift += self.h * float(total_decay(self.problem)) ** 2 * distance
+            drift += self.h * float(self.problem.weight_decay) ** 2 * distance
         size = float(jnp.sqrt(jnp.sum(squared_norms(start.limit))))
         rounding = float(size * rounded_speed(found.force, start.spectrum[-1], size))
         if abs(drift) <= rounding:
