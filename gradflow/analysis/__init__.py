@@ -11,8 +11,6 @@ from gradflow.analysis.convergence.results import OrderRow as OrderRow, Orders a
 from gradflow.analysis.phases import Phases as Phases, phases as phases
 from gradflow.analysis.prediction.end_point import EndPoint as EndPoint
 from gradflow.analysis.prediction.predict import predict as predict
-from gradflow.analysis.prediction.rate_laws import (
-    Prediction as Prediction,
-    RateLaw as RateLaw,
-)
+from gradflow.analysis.prediction.prediction import Prediction as Prediction
+from gradflow.analysis.prediction.rate_law import RateLaw as RateLaw
 from gradflow.analysis.rates import Rate as Rate, decay_rate as decay_rate, drift as drift

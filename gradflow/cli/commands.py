@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradflow.analysis.prediction.predict import predict
-from gradflow.analysis.prediction.rate_laws import Prediction, shown_imbalance
+from gradflow.analysis.prediction.prediction import Prediction
+from gradflow.analysis.prediction.rate_law import shown_imbalance
 from gradflow.cli.experiments import find
 from gradflow.geometry.imbalance import squared_norms
 from gradflow.plot.formatting import MISSING, arrows, duration, number, with_error

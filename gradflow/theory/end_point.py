@@ -4,6 +4,7 @@ Both are read off one path of the expected velocity along the minima manifold, f
 adaptive steps, stretch by stretch, until it stands still.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import diffrax
@@ -12,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Int
 
+from gradflow.backend.compiled import KERNELS, compiled
 from gradflow.backend.types import Scalar, Weights
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.imbalance import imbalance
 from gradflow.geometry.manifold import retract
+from gradflow.geometry.rotations import without_rotation
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.theory.normal_response import normal_response
@@ -37,11 +40,11 @@ NEAREST = 1e-7
 SHORTEST = 1e-6
 """The shortest step, as a share of its stretch."""
 
-STRETCHES = 400
-"""Stretches of the path until its end is given up; each is up to twice as long as the last."""
+MOST_STEPS = 32
+"""Steps of the integrator in one call, between which the host looks at the keyboard."""
 
-MOST_STEPS = 4096
-"""Steps of the integrator in one stretch."""
+GIVEN_UP = 20_000
+"""Steps of the integrator until the end is given up."""
 
 HALVED = 1e-10
 """Relative accuracy with which the imbalance at the half-life is half of that at the start."""
@@ -53,7 +56,7 @@ NEVER = -1.0
 class Ending(eqx.Enumeration):
     """How the slow flow ended."""
 
-    still = "the slow flow stands still"
+    still = "the slow flow stands still, up to rotations of the hidden units"
     edge = (
         "the slow flow arrives where training about the minima is not stable: the edge of "
         "stability, or noise that grows with the fluctuation it makes"
@@ -94,66 +97,103 @@ def slow_end(
     where the sharpness is least (steps near the edge of stability); weight decay at balanced
     layers. Noise along the manifold is left out: with it the motion has a distribution, no end.
 
-    **Arguments:** as for `slow_drift`, with `weights` on the minima manifold. May be compiled.
+    Noise of batches and inputs can turn the hidden units for ever, at constant speed, while the
+    function and everything that is measured in it rest: that is an end, too. Noise inside the
+    network, to which a rotation is no symmetry, has to stand still altogether.
+
+    Compiled calls are short, so that Ctrl-C answers.
+
+    **Arguments:** as for `slow_drift`, with `weights` on the minima manifold.
     """
-    loss = output_loss(problem)
+    law = jnp.asarray(step_size), None if momentum is None else jnp.asarray(momentum)
+    options: dict[str, Any] = {"finite_step": finite_step, "decay": decay}
+    path, force, own_time = _begun(problem, weights, *law, **options)
+    while path.speed > STILL * force and path.room > NEAREST * own_time and path.steps < GIVEN_UP:
+        path = _stretch(problem, path, *law, **options)
+    ending = Ending.edge if path.steps < GIVEN_UP else Ending.unfinished
+    if path.speed <= STILL * force:
+        ending = Ending.still
+    return SlowEnd(path.weights, path.time, path.half_life, ending)
 
-    @jax.jit  # the solver asks for it in many places, and it takes long to trace
-    def velocity(at: Weights) -> Weights:
-        options: dict[str, Any] = {"finite_step": finite_step, "decay": decay}
-        return slow_drift(problem, retract(at, loss), step_size, momentum, **options)
 
-    def field(t: Any, at: Weights, args: None) -> Weights:
-        del t, args
-        return velocity(at)
+class _Field(eqx.Module):
+    """The slow drift off the manifold, and the speed at which it changes anything."""
 
-    force = driving_force(problem, weights, step_size, momentum, finite_step)
+    problem: Problem
+    step_size: Scalar
+    momentum: Scalar | None
+    finite_step: bool = eqx.field(static=True)
+    decay: Literal["coupled", "decoupled"] = eqx.field(static=True)
+
+    def velocity(self, at: Weights) -> Weights:
+        options: dict[str, Any] = {"finite_step": self.finite_step, "decay": self.decay}
+        on = retract(at, output_loss(self.problem))
+        return slow_drift(self.problem, on, self.step_size, self.momentum, **options)
+
+    def speed(self, at: Weights, velocity: Weights) -> Scalar:
+        """The norm of a velocity, without what only turns the hidden units."""
+        turns = not self.problem.layer_noise
+        return _norm(without_rotation(at, velocity) if turns else velocity)
+
+
+@compiled
+def _begun(
+    problem: Problem, weights: Weights, step_size: Scalar, momentum: Scalar | None, **options: Any
+) -> tuple["_Path", Scalar, Scalar]:
+    """The path at its start, the force that drives it, and the time in which that changes it."""
+    field = _Field(problem, step_size, momentum, **options)
+    force = driving_force(problem, weights, step_size, momentum, field.finite_step)
     own_time = _norm(weights) / force
-
-    def goes_on(path: _Path) -> Bool[Array, ""]:
-        moves = path.speed > STILL * force
-        return moves & (path.room > NEAREST * own_time) & (path.stretches < STRETCHES)
-
-    def stretch(path: _Path) -> _Path:
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(field),
-            diffrax.Dopri8(),
-            t0=0.0,
-            t1=path.length,
-            dt0=0.1 * path.length,
-            y0=path.weights,
-            stepsize_controller=diffrax.PIDController(
-                RTOL, ATOL, dtmin=SHORTEST * path.length, force_dtmin=False
-            ),
-            max_steps=MOST_STEPS,
-            throw=False,
-        )
-        assert solution.ys is not None
-        ended = retract(jax.tree.map(lambda y: y[-1], solution.ys), loss)
-        arrives = solution.result == diffrax.RESULTS.successful
-        return path.after(ended, arrives, _norm(velocity(ended)))
-
     start = imbalance(DeepLinear(weights))
     zero, never = jnp.zeros_like(start), jnp.full_like(start, jnp.inf)
-    path = jax.lax.while_loop(
-        goes_on,
-        stretch,
-        _Path(
-            time=zero,
-            weights=weights,
-            speed=_norm(velocity(weights)),
-            length=FIRST * own_time,
-            half=jnp.where(start > 0.0, 0.5 * start, NEVER),
-            beyond=never,
-            under=zero,
-            half_life=jnp.where(start > 0.0, never, jnp.nan),
-            room=never,
-            stretches=jnp.zeros((), int),
-        ),
+    path = _Path(
+        time=zero,
+        weights=weights,
+        speed=field.speed(weights, field.velocity(weights)),
+        length=FIRST * own_time,
+        half=jnp.where(start > 0.0, 0.5 * start, NEVER),
+        beyond=never,
+        under=zero,
+        half_life=jnp.where(start > 0.0, never, jnp.nan),
+        room=never,
+        steps=jnp.zeros((), int),
     )
-    ending = Ending.where(path.stretches < STRETCHES, Ending.edge, Ending.unfinished)
-    ending = Ending.where(path.speed <= STILL * force, Ending.still, ending)
-    return SlowEnd(path.weights, path.time, path.half_life, ending)
+    return path, force, own_time
+
+
+@partial(compiled, options=KERNELS)
+def _stretch(
+    problem: Problem, path: "_Path", step_size: Scalar, momentum: Scalar | None, **options: Any
+) -> "_Path":
+    """The path one stretch further, or as far as the steps of a call go."""
+    field = _Field(problem, step_size, momentum, **options)
+
+    @jax.jit  # the solver asks for it in many places, and it takes long to trace
+    def velocity(t: Any, at: Weights, args: None) -> Weights:
+        del t, args
+        return field.velocity(at)
+
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(velocity),
+        diffrax.Dopri8(),
+        t0=0.0,
+        t1=path.length,
+        dt0=0.1 * path.length,
+        y0=path.weights,
+        stepsize_controller=diffrax.PIDController(
+            RTOL, ATOL, dtmin=SHORTEST * path.length, force_dtmin=False
+        ),
+        max_steps=MOST_STEPS,
+        throw=False,
+    )
+    assert solution.ys is not None and solution.ts is not None
+    ended = retract(jax.tree.map(lambda y: y[-1], solution.ys), output_loss(problem))
+    whole = solution.result == diffrax.RESULTS.successful
+    part = solution.result == diffrax.RESULTS.max_steps_reached
+    speed = field.speed(ended, velocity(None, ended, None))
+    return path.after(
+        ended, solution.ts[-1], whole | part, whole, speed, solution.stats["num_steps"]
+    )
 
 
 class _Path(eqx.Module):
@@ -164,7 +204,7 @@ class _Path(eqx.Module):
     - `beyond`, `under`: a later time at which it is lower, and the logarithm of the ratio there.
     - `half_life`: when it was at that level.
     - `room`: the shortest stretch that did not arrive.
-    - `stretches`: tried so far.
+    - `steps`: of the integrator so far.
     """
 
     time: Scalar
@@ -176,28 +216,38 @@ class _Path(eqx.Module):
     under: Scalar
     half_life: Scalar
     room: Scalar
-    stretches: Int[Array, ""]
+    steps: Int[Array, ""]
 
-    def after(self, ended: Weights, arrives: Bool[Array, ""], speed: Scalar) -> "_Path":
-        """The path after a stretch that ended there, or did not arrive.
+    def after(
+        self,
+        ended: Weights,
+        lasted: Scalar,
+        arrives: Bool[Array, ""],
+        whole: Bool[Array, ""],
+        speed: Scalar,
+        steps: Int[Array, ""],
+    ) -> "_Path":
+        """The path after a stretch that lasted so long, or did not arrive.
 
-        Stretches that end below the level are not taken but bracket the half-life, which secants of
-        the logarithm find: at once for an exponential.
+        A part of a stretch (not `whole`) ended with the steps of a call. Stretches that end below
+        the level are not taken but bracket the half-life, which secants of the logarithm find: at
+        once for an exponential.
         """
         arrives = arrives & jnp.isfinite(speed)
         level = self._over_half(ended)
         below = arrives & (level < -HALVED)
         taken = arrives & ~below
         found = taken & (level <= HALVED)
-        time = jnp.where(taken, self.time + self.length, self.time)
+        time = jnp.where(taken, self.time + lasted, self.time)
         weights = jax.tree.map(lambda a, b: jnp.where(taken, a, b), ended, self.weights)
-        beyond = jnp.where(below, self.time + self.length, self.beyond)
+        beyond = jnp.where(below, self.time + lasted, self.beyond)
         under = jnp.where(below, level, self.under)
         before, over = self._over_half(self.weights), self._over_half(weights)
-        secant = self.length * over / jnp.maximum(before - over, 1e-300)
+        secant = lasted * over / jnp.maximum(before - over, 1e-300)
         between = (beyond - time) * over / (over - under)
         closer = jnp.where(taken & (secant < beyond - time), secant, between)
-        onward = jnp.where(found, 0.25 * time, self.length * jnp.where(arrives, 2.0, 0.5))
+        longer = jnp.where(whole, 2.0, 1.0)
+        onward = jnp.where(found, 0.25 * time, self.length * jnp.where(arrives, longer, 0.5))
         return _Path(
             time=time,
             weights=weights,
@@ -208,7 +258,7 @@ class _Path(eqx.Module):
             under=under,
             half_life=jnp.where(found, time, self.half_life),
             room=jnp.where(arrives, self.room, self.length),
-            stretches=self.stretches + 1,
+            steps=self.steps + steps,
         )
 
     def _over_half(self, weights: Weights) -> Scalar:

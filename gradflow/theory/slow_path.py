@@ -17,7 +17,7 @@ from gradflow.theory.slow_drift import slow_drift
 SHORTEST = 1e-13
 """Shortest step, as a share of the time to go."""
 
-MOST_STEPS = 100_000
+MOST_STEPS = 10_000
 """Steps of the integrator until the path is given up."""
 
 

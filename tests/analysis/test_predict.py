@@ -320,3 +320,43 @@ def test_training_that_noise_makes_unstable():
     assert found.stability < 1.0
     assert math.isnan(found.imbalance_rate) and "unstable in mean square" in found.reason
     assert found.end is None and found.end_reason
+
+
+@pytest.mark.parametrize("rate", [0.005, 0.02, 0.2, 3.0])
+def test_weight_decay_that_is_not_weak_is_said_and_counts_as_an_error(rate):
+    found = gf.predict(gf.Problem(DATA, [gf.WeightDecay(rate)]), NET, gf.GradientFlow())
+    _, sharpness = minimum(0.0)
+    assert found.relative_error == pytest.approx(2.0 * rate / sharpness, rel=1e-6)
+    assert ("penalties are not weak" in found.start_note) == (2.0 * rate / sharpness > 0.1)
+    if rate > 0.1:
+        return
+
+    def velocity(t, w):
+        r = w[0] * w[1] - 1.0
+        return [-r * w[1] - rate * w[0], -r * w[0] - rate * w[1]]
+
+    (w1, w2) = solve_ivp(velocity, (0.0, 4.0), [2.0, 0.1], rtol=1e-11, atol=1e-13).y[:, -1]
+    error = abs(0.5 * (w1 * w2 - 1.0) ** 2 / found.loss_floor - 1.0)
+    # the floor moves with the imbalance, by 2 rate t of it, beside what is neglected
+    assert error < 2.0 * (2.0 * rate * 4.0) + found.relative_error
+
+
+def test_an_imbalance_that_turns_round_is_said():
+    """The imbalance of the data with batches of 5 falls to 0.04 and rises to 1.36.
+
+    The slow flow itself says so, by another solver.
+    """
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 3))
+    y = x @ rng.normal(size=(3, 2)) + 0.3 * rng.normal(size=(50, 2))
+    net = gf.DeepLinear([0.5 * rng.normal(size=(4, 3)), 0.5 * rng.normal(size=(2, 4))])
+    problem = gf.Problem(gf.Regression.from_samples(x, y), [gf.Minibatch(5)])
+    found = gf.predict(problem, net, 0.05)
+    assert found.slow is not None
+    run = gf.simulate(problem, found.limit, gf.SlowFlow(0.05), t1=1e5, save=[0.0, 300.0, 1e5])
+    start, least, end = run["imbalance"]
+    assert least < 0.5 * start < 0.5 * end
+    assert f"grows later, to {end:.4g}" in found.slow.turn_note
+    assert found.slow.turn_note in str(found)
+    quiet = gf.predict(NOISY, NET, H)
+    assert quiet.slow is not None and quiet.slow.turn_note == ""

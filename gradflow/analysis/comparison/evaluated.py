@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gradflow.analysis.phases import Phases
-from gradflow.analysis.prediction.rate_laws import Prediction
+from gradflow.analysis.prediction.prediction import Prediction
 from gradflow.analysis.rates import Rate
 from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.results.trajectory import Trajectory

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from gradflow.analysis.local_rates import local_rates
-from gradflow.analysis.prediction.rate_laws import Prediction
+from gradflow.analysis.prediction.prediction import Prediction
 from gradflow.analysis.rates import Rate
 from gradflow.analysis.statistics import trapezoid_weights, weighted_line
 

@@ -12,7 +12,8 @@ from gradflow.analysis.prediction.at_minimum import at_minimum, landed
 from gradflow.analysis.prediction.edge import beyond_the_edge, optimization_rate, unstable
 from gradflow.analysis.prediction.noise_free_run import noise_free_run, nonzero_spectrum
 from gradflow.analysis.prediction.overlap import overlap
-from gradflow.analysis.prediction.rate_laws import Prediction, RateLaw, Theory, rounded_speed
+from gradflow.analysis.prediction.prediction import Prediction
+from gradflow.analysis.prediction.rate_law import RateLaw, Theory, rounded_speed
 from gradflow.backend.compiled import compiled
 from gradflow.backend.types import Scalar
 from gradflow.checks import Decay, is_number
@@ -44,6 +45,10 @@ from gradflow.theory.stationary import stationary_covariance
 OVERLAPPING = 0.01
 """Change of the imbalance in the optimization phase, relative to it, that is worth a note."""
 
+APART = 0.1
+"""Rate at which penalties act on the slow motion, relative to that of the residual, from which on
+their leading order is so rough that it is worth a note."""
+
 BALANCED = 1e-12
 """Imbalance, relative to |W|^2, that is rounding."""
 
@@ -72,7 +77,9 @@ def predict(
     simulated scalar networks of depth 2 under label noise, at $h \lambda_\mathrm{max}$ = 0.1 to
     1.3 and $\epsilon$ = 0.003 to 0.03, the change of the imbalance differed from that at finite
     step by 0 to 0.9 times that; with batches of one of four rows at depth 3 by 0.4 to 0.6
-    $\sqrt\epsilon$. `overlap` is what they neglect of the optimization phase.
+    $\sqrt\epsilon$. Penalties and noise inside the network add the ratio of the rate at which they
+    act to that of the residual (for weight decay $2 \lambda$ over `optimization_rate`): a note
+    says so from a tenth on. `overlap` is what they neglect of the optimization phase.
 
     Rates of gradient descent without momentum are those of $D_{k+1} = D_k (1 - h r)$,
     $-\log(1 - h r)/h$. SVAG and the SDE of order 2 have no slow flow of their own: their rates are
@@ -119,6 +126,12 @@ def _predicted(run: "_Run") -> Prediction:
         notes.append(
             f"the phases overlap: while the residual decays, noise changes D by about "
             f"{start.overlap:+.2g} beyond what the slow flow from the minimum reached says"
+        )
+    share = run.share_of_penalties(own.optimization_rate, own.imbalance_rate)
+    if share > APART:
+        notes.append(
+            f"penalties are not weak: they act at {share:.2g} times the rate at which the residual "
+            "decays, and everything here is of leading order in that; simulate to know more"
         )
     note = "; ".join(text for text in notes if text)
     return _summary(dynamics, own, leading, finite, slow, run.eps, note, start.overlap)
@@ -286,7 +299,7 @@ class _Run:
             imbalance_rate=decay,
             separation=rate / decay if decay > 0.0 else float("nan"),
             sharpness=float(start.spectrum[-1]),
-            relative_error=float(found.relative_error),
+            relative_error=float(found.relative_error) + self.share_of_penalties(rate, decay),
             has_noise=self.random,
             largest_step_size=largest,
             reason="; ".join(
@@ -295,6 +308,18 @@ class _Run:
                 )
             ),
         )
+
+    def share_of_penalties(self, fast: float, slow: float) -> float:
+        r"""The rate of penalties and noise inside the network over that of the residual; or 0.
+
+        The numbers at the minimum reached are of leading order in it: weight decay shrinks an
+        imbalance at $2 \lambda$.
+        """
+        if not (self.pulled and fast > 0.0):
+            return 0.0
+        beta = 0.0 if self.momentum is None else float(self.momentum)
+        decay = 2.0 * float(self.problem.weight_decay) / (1.0 - beta)
+        return max(decay, abs(slow) if np.isfinite(slow) else 0.0) / fast
 
     def _optimization_rate(self, start: _Start, stepwise: bool) -> float:
         r"""Step by step, or for small steps, where momentum makes it $1/(1 - \beta)$ as fast."""
