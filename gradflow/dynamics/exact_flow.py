@@ -12,6 +12,7 @@ from gradflow.backend.types import Weights
 from gradflow.closed_forms import CLOSED_FORMS, AbstractClosedForm
 from gradflow.dynamics.base import (
     AbstractDynamics,
+    RateTheory,
     State,
     divergence_limit,
     mask_diverged,
@@ -66,6 +67,11 @@ class ExactFlow(AbstractDynamics):
     def ticks_per_step(self) -> None:
         """None: it needs no steps."""
         return None
+
+    @property
+    def rate_theory(self) -> RateTheory:
+        """The slow flow of small steps."""
+        return "leading_order"
 
     def closed_form(self, problem: Problem, net: DeepLinear | Sequence[DeepLinear]) -> str:
         """The name of the closed form that a run from the network(s) uses.
