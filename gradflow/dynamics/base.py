@@ -4,7 +4,7 @@ import abc
 import enum
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import equinox as eqx
 import jax
@@ -295,7 +295,7 @@ class AbstractDynamics(eqx.Module):
         """Whether its noise is a Brownian path on an even grid of flow time, and nothing else."""
         return False
 
-    def on_grid(self, steps: int) -> Self | None:
+    def on_grid(self, steps: int) -> "AbstractDynamics | None":
         """The same dynamics on a path with so many grid steps in $h$; None if it takes no such."""
         return self if steps == self.grid_steps else None
 

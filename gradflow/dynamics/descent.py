@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -229,7 +229,7 @@ class GradientDescent(AbstractDynamics):
         """Whether the noise is Gaussian and all steps have the same size."""
         return problem.is_gaussian and self.schedule is None
 
-    def on_grid(self, steps: int) -> Self:
+    def on_grid(self, steps: int) -> "GradientDescent":
         """With so many `path_substeps`."""
         return with_path_substeps(self, steps)
 

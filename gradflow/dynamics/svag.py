@@ -1,7 +1,7 @@
 """The stochastic variance-amplified gradient algorithm, between SGD and its SDE."""
 
 import math
-from typing import Any, Self
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -177,7 +177,7 @@ class SVAG(AbstractDynamics):
         """Whether the noise is Gaussian."""
         return problem.is_gaussian
 
-    def on_grid(self, steps: int) -> Self | None:
+    def on_grid(self, steps: int) -> "SVAG | None":
         """With so many `path_substeps`, if every substep covers whole ones."""
         return None if steps % self.amplification else with_path_substeps(self, steps)
 
