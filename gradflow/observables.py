@@ -14,13 +14,6 @@ from gradflow.backend.products import in_groups, product
 from gradflow.backend.types import Weights
 from gradflow.checks import first_line
 from gradflow.dynamics.base import AbstractDynamics, over_paths
-from gradflow.dynamics.descent import GradientDescent
-from gradflow.dynamics.gradient_flow import GradientFlow
-from gradflow.dynamics.heavy_ball_flow import HeavyBallFlow
-from gradflow.dynamics.modified_flow import ModifiedFlow, modified_drift
-from gradflow.dynamics.slow_flow import SlowFlow
-from gradflow.dynamics.stochastic_flow import StochasticFlow
-from gradflow.dynamics.svag import SVAG
 from gradflow.geometry.bounds import sharpness_bound
 from gradflow.geometry.curvature import (
     hessian_block_traces,
@@ -32,7 +25,6 @@ from gradflow.geometry.imbalance import gram_differences, imbalance, squared_nor
 from gradflow.loss import loss
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.theory.drift import flow_imbalance_drift, imbalance_drift
 from gradflow.theory.floor import (
     INSTEAD,
     noise_floor,
@@ -66,60 +58,6 @@ ObservableSpec: TypeAlias = (
 )
 
 
-def theory_options(dynamics: AbstractDynamics) -> dict[str, Any]:
-    """How `gradflow.theory` is told of a dynamics that trains step by step, or of an SDE of one.
-
-    **Raises:** `ValueError` for a dynamics that theory does not cover.
-    """
-    if isinstance(dynamics, GradientDescent):
-        return {"discrete": True}
-    if isinstance(dynamics, SVAG):
-        return {"discrete": True, "amplification": dynamics.amplification}
-    if isinstance(dynamics, StochasticFlow):
-        return {"discrete": False, "order": dynamics.order}
-    if isinstance(dynamics, SlowFlow):
-        return {"discrete": dynamics.finite_step}
-    raise ValueError(
-        f"observables: theory has no loss_floor under noise and no imbalance_drift for "
-        f"{type(dynamics).__name__}; leave them out."
-    )
-
-
-def check_plain(dynamics: AbstractDynamics, name: str, heavy_ball: bool) -> None:
-    """Raise a `ValueError` if the formula of an observable does not hold for the dynamics."""
-    if not isinstance(dynamics, GradientDescent):
-        return
-    momentum = dynamics.momentum is not None
-    for present, what, fix in (
-        (dynamics.optimizer is not None, "an optimizer", "optimizer=None"),
-        (dynamics.schedule is not None, "a schedule of step sizes", "a constant step_size"),
-        (momentum and not heavy_ball, "momentum", "momentum=0.0"),
-        (dynamics.nesterov, "Nesterov momentum", "nesterov=False"),
-    ):
-        if present:
-            raise ValueError(
-                f"observables: {name} is a formula of plain SGD"
-                f"{' and heavy ball' if heavy_ball else ''} and does not hold with {what}; leave "
-                f"it out, or give GradientDescent {fix}."
-            )
-
-
-def _check_slaved(dynamics: AbstractDynamics, name: str) -> None:
-    """Raise a `ValueError` if decay and gradient do not act with the same strength."""
-    optimizer = isinstance(dynamics, GradientDescent) and dynamics.optimizer is not None
-    decoupled = (
-        isinstance(dynamics, GradientDescent | HeavyBallFlow | SlowFlow)
-        and dynamics.momentum is not None
-        and dynamics.decay == "decoupled"
-    )
-    if optimizer or decoupled:
-        what = "an optimizer" if optimizer else "momentum and decoupled decay"
-        raise ValueError(
-            f"observables: {name} balances the gradient and weight decay with equal strength, "
-            f"which does not hold with {what}; leave it out."
-        )
-
-
 def _excess_loss(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
     deviation = product(net.end_to_end, problem.input_moment) - problem.data.syx
     return 0.5 * jnp.sum(product(deviation, problem.noisy_inverse_root) ** 2)
@@ -127,46 +65,27 @@ def _excess_loss(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) 
 
 def _loss_floor(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
     check_outside(problem, "loss_floor", INSTEAD)
-    total = jnp.zeros((), problem.data.sxx.dtype)
+    total, rule = jnp.zeros((), problem.data.sxx.dtype), dynamics.update_rule
     if problem.penalties:
-        _check_slaved(dynamics, "loss_floor")
+        rule.check_balances_decay("loss_floor")
         total = weight_decay_plateau(problem, net.weights)
-    # A slow flow has the floor of the training that it describes, though its path is smooth.
-    slow = isinstance(dynamics, SlowFlow)
-    if not (problem.is_stochastic if slow else dynamics.is_random(problem)):
+    if not dynamics.describes_noise(problem):
         return total
-    options = theory_options(dynamics)
-    check_plain(dynamics, "loss_floor", heavy_ball=True)
-    if isinstance(dynamics, GradientDescent | SlowFlow):
-        options["momentum"] = dynamics.momentum
+    options = dynamics.theory_options()
+    rule.check_plain(type(dynamics).__name__, "loss_floor", heavy_ball=True)
+    options["momentum"] = rule.momentum
     return total + noise_floor(problem, net.weights, dynamics.step_size, **options)
 
 
 def _slaved_residual(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
-    _check_slaved(dynamics, "slaved_residual")
+    dynamics.update_rule.check_balances_decay("slaved_residual")
     return jnp.linalg.norm(slaved_residual(problem, net.weights))
 
 
 def _deviation(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
-    _check_slaved(dynamics, "slaved_deviation")
+    dynamics.update_rule.check_balances_decay("slaved_deviation")
     m = net.end_to_end @ problem.input_moment - problem.data.syx
     return jnp.linalg.norm(m - slaved_residual(problem, net.weights))
-
-
-def _imbalance_drift(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
-    if isinstance(dynamics, ModifiedFlow):
-        velocity = modified_drift(problem, net.weights, dynamics.step_size, dynamics.order)
-        return flow_imbalance_drift(net.weights, velocity)
-    if isinstance(dynamics, GradientFlow):
-        if not problem.layer_noise:
-            return imbalance_drift(problem, net.weights, 0.0, discrete=False)
-        velocity = tuple(-g for g in problem.averaged_gradient(net.weights))
-        return flow_imbalance_drift(net.weights, velocity)
-    if isinstance(dynamics, SlowFlow):
-        return dynamics.imbalance_drift(problem, net.weights)
-    options = theory_options(dynamics)
-    check_plain(dynamics, "imbalance_drift", heavy_ball=False)
-    return imbalance_drift(problem, net.weights, dynamics.step_size, **options)
 
 
 def _gradient_norm(net: DeepLinear, problem: Problem, dynamics: AbstractDynamics) -> Array:
@@ -210,7 +129,12 @@ BUILT_IN: dict[str, Observable] = {
         Observable("slaved_deviation", "deviation |M - M_slow|", "loss/weight", _deviation),
         Observable("slaved_residual", "slaved residual |M_slow|", "loss/weight", _slaved_residual),
         Observable("imbalance", "imbalance D(W)", "weight^2", lambda n, p, d: imbalance(n)),
-        Observable("imbalance_drift", "expected drift dD/dt", "weight^2/time", _imbalance_drift),
+        Observable(
+            "imbalance_drift",
+            "expected drift dD/dt",
+            "weight^2/time",
+            lambda n, p, d: d.imbalance_drift(p, n.weights),
+        ),
         Observable(
             "squared_norms",
             "squared norm |W_i|^2",

@@ -4,7 +4,7 @@ import abc
 import enum
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import equinox as eqx
 import jax
@@ -14,12 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.backend.compiled import compiled
 from gradflow.backend.products import in_groups, on_cpu, paths_together
-from gradflow.backend.types import Weights
+from gradflow.backend.types import Scalar, Weights
 from gradflow.data import Regression
+from gradflow.dynamics.update_rule import UpdateRule
 from gradflow.kinds import Kinds
 from gradflow.network import widths_of
 from gradflow.problem import Problem
-from gradflow.random.streams import Source
+from gradflow.random.streams import Normals, Source, Stream
+from gradflow.theory.drift import imbalance_drift
 
 DIVERGENCE_FACTOR = 1e12
 """A replica has diverged once |W|^2 exceeds this multiple of 1 + |W(0)|^2 (or is not finite)."""
@@ -134,6 +136,19 @@ class State(eqx.Module):
     progress: Progress | None = None
 
 
+class Role(enum.Enum):
+    """What a dynamics is to a training with step size $h$, where it is laid beside others."""
+
+    TRAINING = "the training itself"
+    SDE = "its stochastic differential equation"
+    SLOW_FLOW = "its motion along the minima, from the start on"
+
+
+RateTheory: TypeAlias = Literal["leading_order", "finite_step", "one_step"]
+"""A theory of the regularization phase: the slow flow for small steps, the one exact in the step
+size, or the expected drift of one step."""
+
+
 DYNAMICS: Kinds[type["AbstractDynamics"]] = Kinds("dynamics")
 """Those that specs and files know."""
 
@@ -144,12 +159,20 @@ class AbstractDynamics(eqx.Module):
     Marks are the dynamics' own clock: integers (steps of the grid) for a gridded dynamics, flow
     time for an adaptive one. `step_size` is the step size $h$ of the discrete training that the
     dynamics is or describes; None if it has none. `most_paths` are taken at once at most, where one
-    step of more of them would keep Ctrl-C waiting; None for any number.
+    step of more of them would keep Ctrl-C waiting; None for any number. `role` is None for what is
+    neither a training nor an SDE or slow flow of one.
+
+    Everything that the package knows of one kind of dynamics stands in its file. Abstract methods
+    say how it moves; the others, what it is to theory and which noise it shares. Their defaults
+    are those of something that theory does not cover.
     """
 
     most_paths: ClassVar[int | None] = None
+    role: ClassVar[Role | None] = None
 
     step_size: eqx.AbstractVar[Any]
+
+    # How it moves
 
     @property
     def successor(self) -> "AbstractDynamics | None":
@@ -194,6 +217,92 @@ class AbstractDynamics(eqx.Module):
 
         A dynamics with a `progress` goes no further than it allows; it is then called again.
         """
+
+    def why_ended(self, problem: Problem, state: State, path: int, stop: float) -> str | None:
+        """When and why what it describes ends before flow time `stop`, for a path that diverged.
+
+        None where nothing ends but numbers.
+        """
+        return None
+
+    # The training that it is or describes, and what theory says of it
+
+    @property
+    def update_rule(self) -> UpdateRule:
+        """The rule of that training, whose steps have size $h$."""
+        return UpdateRule()
+
+    @property
+    def discrete_training(self) -> "AbstractDynamics | None":
+        """The training whose finite steps it takes or keeps; None for a flow and an SDE."""
+        return None
+
+    @property
+    def stability_limit(self) -> Any:
+        r"""The largest stable $h \lambda$ on a quadratic loss; None where it is not known."""
+        return None
+
+    @property
+    def rate_theory(self) -> RateTheory | None:
+        """Which theory `gf.predict` takes for its rates; None where it predicts nothing."""
+        return None
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it lies on the minima from the start on."""
+        return self.role is Role.SLOW_FLOW
+
+    def describes_noise(self, problem: Problem) -> bool:
+        """Whether the noise of the problem acts in it, if not path by path then on average."""
+        return self.is_random(problem)
+
+    def theory_options(self) -> dict[str, Any]:
+        """How `gradflow.theory` is told of it: `discrete`, `order`, `amplification`.
+
+        **Raises:** `ValueError` if theory does not cover it.
+        """
+        raise ValueError(
+            f"observables: theory has no loss_floor under noise and no imbalance_drift for "
+            f"{type(self).__name__}; leave them out."
+        )
+
+    def imbalance_drift(self, problem: Problem, weights: Weights) -> Scalar:
+        """The expected $dD/dt$ of one path at the weights; by default that of its theory.
+
+        **Raises:** `ValueError` if no formula holds for it.
+        """
+        options = self.theory_options()
+        self.update_rule.check_plain(type(self).__name__, "imbalance_drift")
+        return imbalance_drift(problem, weights, self.step_size, **options)
+
+    # Its random numbers
+
+    def draw(self, problem: Problem, stream: Stream, widths: tuple[int, ...]) -> Any:
+        """The random numbers of the steps of a stream."""
+        return problem.draw(stream, widths)
+
+    def why_not_normals(self, normals: Normals, problem: Problem) -> str | None:
+        """Why a random run takes no such normals, the end of a sentence; None where it does."""
+        if normals.law == "gaussian":
+            return None
+        return (
+            f"the normals of {type(self).__name__} are the noise of training itself and not "
+            "increments of a Brownian motion, so another law is another model; law is for "
+            "StochasticFlow, here use law='gaussian'."
+        )
+
+    @property
+    def grid_steps(self) -> int | None:
+        """Steps of the grid of its random numbers in a step of size $h$; None without a grid."""
+        return self.ticks_per_step
+
+    def follows_path(self, problem: Problem) -> bool:
+        """Whether its noise is a Brownian path on an even grid of flow time, and nothing else."""
+        return False
+
+    def on_grid(self, steps: int) -> "AbstractDynamics | None":
+        """The same dynamics on a path with so many grid steps in $h$; None if it takes no such."""
+        return self if steps == self.grid_steps else None
 
 
 def over_paths(function: Callable[..., Any]) -> Callable[..., Any]:

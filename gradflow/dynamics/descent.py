@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -25,6 +25,8 @@ from gradflow.checks import (
 from gradflow.dynamics.base import (
     DYNAMICS,
     AbstractDynamics,
+    RateTheory,
+    Role,
     State,
     Step,
     advance_in_blocks,
@@ -34,7 +36,13 @@ from gradflow.dynamics.base import (
     whole_turns,
 )
 from gradflow.dynamics.layers import added, minus_scaled, over_all_paths, penalty_gradient
-from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
+from gradflow.dynamics.noise import (
+    at_step,
+    check_gaussian,
+    drawn_on_grid,
+    shapes_of_one,
+    with_path_substeps,
+)
 from gradflow.dynamics.optimizers import (
     check_descends,
     is_transformation,
@@ -43,9 +51,10 @@ from gradflow.dynamics.optimizers import (
     updated,
 )
 from gradflow.dynamics.stepwise import step_numbers, stepped
+from gradflow.dynamics.update_rule import UpdateRule
 from gradflow.network import DeepLinear, widths_of
 from gradflow.problem import Problem
-from gradflow.random.streams import Source
+from gradflow.random.streams import Source, Stream
 
 
 @DYNAMICS.register
@@ -82,6 +91,8 @@ class GradientDescent(AbstractDynamics):
 
     **Raises:** `ValueError` or `TypeError` naming the argument that makes no sense.
     """
+
+    role: ClassVar[Role | None] = Role.TRAINING
 
     step_size: Scalar
     momentum: Scalar | None
@@ -151,6 +162,25 @@ class GradientDescent(AbstractDynamics):
         limit = 2.0 * (1.0 + beta)
         return limit / (1.0 + 2.0 * beta) if self.nesterov else limit
 
+    @property
+    def update_rule(self) -> UpdateRule:
+        """Its own."""
+        return UpdateRule(self.momentum, self.decay, self.nesterov, self.optimizer, self.schedule)
+
+    @property
+    def discrete_training(self) -> "GradientDescent":
+        """Itself."""
+        return self
+
+    @property
+    def rate_theory(self) -> RateTheory:
+        """The slow flow exact in the step size."""
+        return "finite_step"
+
+    def theory_options(self) -> dict[str, Any]:
+        """Step by step."""
+        return {"discrete": True}
+
     def is_random(self, problem: Problem) -> bool:
         """Whether the problem has noise."""
         return problem.is_stochastic
@@ -187,6 +217,23 @@ class GradientDescent(AbstractDynamics):
         scheduled = jax.ShapeDtypeStruct((), self.step_size.dtype)
         draws = shapes_of_one(lambda stream: problem.draw(stream, widths))
         return draws, None if self.schedule is None else scheduled
+
+    def draw(self, problem: Problem, stream: Stream, widths: tuple[int, ...]) -> Any:
+        """The draws of some steps, each made of the grid steps of the path inside it."""
+        return drawn_on_grid(problem, stream, widths, self.path_substeps)
+
+    @property
+    def grid_steps(self) -> int:
+        """`path_substeps`."""
+        return self.path_substeps
+
+    def follows_path(self, problem: Problem) -> bool:
+        """Whether the noise is Gaussian and all steps have the same size."""
+        return problem.is_gaussian and self.schedule is None
+
+    def on_grid(self, steps: int) -> "GradientDescent":
+        """With so many `path_substeps`."""
+        return with_path_substeps(self, steps)
 
     def advance(
         self,
@@ -256,7 +303,7 @@ class GradientDescent(AbstractDynamics):
         self, problem: Problem, source: Source, steps: Array, widths: tuple[int, ...]
     ) -> tuple[Any, Any]:
         """The random numbers of some steps, and their step sizes if a schedule gives them."""
-        noise = drawn_on_grid(problem, source.at(steps), widths, self.path_substeps)
+        noise = self.draw(problem, source.at(steps), widths)
         if self.schedule is None:
             return noise, None
         step_sizes = scheduled_step_sizes(self.schedule, steps)

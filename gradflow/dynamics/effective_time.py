@@ -24,10 +24,8 @@ def momentum_of(dynamics: AbstractDynamics) -> float:
 
     Of the optimizers of optax only `sgd` has one that is known; the others keep time in $h k$.
     """
-    momentum = getattr(dynamics, "momentum", None)
-    if momentum is None:
-        momentum = _of_optimizer(getattr(dynamics, "optimizer", None))
-    return float(momentum)
+    rule = dynamics.update_rule
+    return float(_of_optimizer(rule.optimizer) if rule.momentum is None else rule.momentum)
 
 
 def effective_time(dynamics: AbstractDynamics, time: Any) -> np.ndarray:

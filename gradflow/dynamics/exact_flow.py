@@ -13,6 +13,7 @@ from gradflow.closed_forms import CLOSED_FORMS, AbstractClosedForm
 from gradflow.dynamics.base import (
     DYNAMICS,
     AbstractDynamics,
+    RateTheory,
     State,
     divergence_limit,
     mask_diverged,
@@ -68,6 +69,11 @@ class ExactFlow(AbstractDynamics):
     def ticks_per_step(self) -> None:
         """None: it needs no steps."""
         return None
+
+    @property
+    def rate_theory(self) -> RateTheory:
+        """The slow flow of small steps."""
+        return "leading_order"
 
     def closed_form(self, problem: Problem, net: DeepLinear | Sequence[DeepLinear]) -> str:
         """The name of the closed form that a run from the network(s) uses.

@@ -7,10 +7,11 @@ import equinox as eqx
 from jaxtyping import ArrayLike
 
 from gradflow.backend.types import Scalar, Weights
-from gradflow.dynamics.base import DYNAMICS
+from gradflow.dynamics.base import DYNAMICS, RateTheory
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
 from gradflow.problem import Problem
 from gradflow.solvers.switching import Switching
+from gradflow.theory.drift import flow_imbalance_drift, imbalance_drift
 
 
 @DYNAMICS.register
@@ -73,6 +74,18 @@ class GradientFlow(AbstractOdeFlow):
     def has_default_solver(self) -> bool:
         """Whether it is the explicit one, named or not."""
         return isinstance(self.solver, Switching)
+
+    @property
+    def rate_theory(self) -> RateTheory:
+        """The slow flow of small steps."""
+        return "leading_order"
+
+    def imbalance_drift(self, problem: Problem, weights: Weights) -> Scalar:
+        """The limit of small steps; with noise inside the network that of the averaged loss."""
+        if not problem.layer_noise:
+            return imbalance_drift(problem, weights, 0.0, discrete=False)
+        velocity = tuple(-g for g in problem.averaged_gradient(weights))
+        return flow_imbalance_drift(weights, velocity)
 
     def check(self, problem: Problem, weights: Weights) -> None:
         """Nothing to check beforehand."""

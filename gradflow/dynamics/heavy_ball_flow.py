@@ -21,6 +21,7 @@ from gradflow.checks import (
 from gradflow.dynamics.base import DYNAMICS, over_paths
 from gradflow.dynamics.layers import over_all_paths, penalty_gradient
 from gradflow.dynamics.ode import AbstractOdeFlow, checked_tolerances, chosen_solver
+from gradflow.dynamics.update_rule import UpdateRule
 from gradflow.problem import Problem
 from gradflow.solvers.dormand_prince import DormandPrince853
 
@@ -97,6 +98,11 @@ class HeavyBallFlow(AbstractOdeFlow):
     def mass(self) -> Scalar:
         r"""$m = (1 + \beta)\, h / 2$."""
         return 0.5 * (1.0 + self.momentum) * self.step_size
+
+    @property
+    def update_rule(self) -> UpdateRule:
+        """Heavy ball."""
+        return UpdateRule(self.momentum, self.decay)
 
     @property
     def has_default_solver(self) -> bool:

@@ -18,6 +18,7 @@ from gradflow.network import end_to_end
 from gradflow.problem import Problem
 from gradflow.regularizers.averaged import averaged_gradient
 from gradflow.regularizers.minibatch import Minibatch
+from gradflow.theory.drift import flow_imbalance_drift
 
 ROWS_AT_ONCE = 64
 """Rows of the data whose gradients are formed together where noise acts inside the network."""
@@ -89,6 +90,11 @@ class ModifiedFlow(AbstractOdeFlow):
     def has_default_solver(self) -> bool:
         """Whether it is the explicit one, named or not."""
         return isinstance(self.solver, diffrax.Dopri8)
+
+    def imbalance_drift(self, problem: Problem, weights: Weights) -> Scalar:
+        """That of its field."""
+        velocity = modified_drift(problem, weights, self.step_size, self.order)
+        return flow_imbalance_drift(weights, velocity)
 
     def check(self, problem: Problem, weights: Weights) -> None:
         """Raise a `ValueError` for order 3 with batches that visit every row once an epoch."""

@@ -1,8 +1,9 @@
 """Random numbers of training step by step, and of the Brownian path behind them."""
 
+import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -47,6 +48,18 @@ def drawn_on_grid(problem: Problem, stream: Stream, widths: tuple[int, ...], fin
 
     total = jax.lax.fori_loop(1, fineness, add, fine(jnp.zeros((), jnp.uint32)))
     return jax.tree.map(lambda leaf: leaf / math.sqrt(fineness), total)
+
+
+_Dynamics = TypeVar("_Dynamics", bound=Any)
+
+
+def with_path_substeps(dynamics: _Dynamics, count: int) -> _Dynamics:
+    """A dynamics with another number `path_substeps` of grid steps of its path in a step."""
+    if dynamics.path_substeps == count:
+        return dynamics
+    changed = copy.copy(dynamics)
+    object.__setattr__(changed, "path_substeps", count)
+    return changed
 
 
 def check_gaussian(field: str, value: int, problem: Problem) -> None:

@@ -26,22 +26,26 @@ from gradflow.dynamics.base import (
     AbstractDynamics,
     End,
     Progress,
+    RateTheory,
+    Role,
     State,
     divergence_limit,
     is_alive,
 )
+from gradflow.dynamics.descent import GradientDescent
 from gradflow.dynamics.integration import SolverMemory
 from gradflow.dynamics.modified_flow import is_reshuffled
 from gradflow.dynamics.ode import checked_tolerances, chosen_solver
 from gradflow.dynamics.slow_motion import SlowMemory, along_manifold, moved_to, random_motion
 from gradflow.dynamics.slow_sde import noise_square_rates
+from gradflow.dynamics.update_rule import UpdateRule
 from gradflow.geometry.base import check_double, output_loss
 from gradflow.geometry.curvature import minima_sharpness
 from gradflow.geometry.kernel import kernel_at
 from gradflow.geometry.limit_maps import descent_projection, flow_projection
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
-from gradflow.random.streams import Source
+from gradflow.random.streams import Normals, Source
 from gradflow.theory.drift import flow_imbalance_drift
 from gradflow.theory.lyapunov import MOST_STEPS
 from gradflow.theory.slow_drift import slow_drift
@@ -117,6 +121,7 @@ class SlowFlow(AbstractDynamics):
     """
 
     most_paths: ClassVar[int | None] = 4096
+    role: ClassVar[Role | None] = Role.SLOW_FLOW
 
     step_size: Scalar
     finite_step: bool = eqx.field(static=True)
@@ -162,9 +167,42 @@ class SlowFlow(AbstractDynamics):
         """None: its steps are adaptive, or cells."""
         return None
 
+    @property
+    def update_rule(self) -> UpdateRule:
+        """That of the training which it describes."""
+        return UpdateRule(self.momentum, self.decay)
+
+    @property
+    def discrete_training(self) -> GradientDescent | None:
+        """That training, if it is exact in the step size."""
+        if not self.finite_step:
+            return None
+        beta = 0.0 if self.momentum is None else self.momentum
+        return GradientDescent(self.step_size, beta, decay=self.decay)
+
+    @property
+    def rate_theory(self) -> RateTheory:
+        """Its own."""
+        return "finite_step" if self.finite_step else "leading_order"
+
+    def theory_options(self) -> dict[str, Any]:
+        """Step by step, or the limit of small steps."""
+        return {"discrete": self.finite_step}
+
     def is_random(self, problem: Problem) -> bool:
         """Whether noise has a part along the manifold."""
         return has_tangential_noise(problem)
+
+    def describes_noise(self, problem: Problem) -> bool:
+        """Whether the problem has noise: it has the floor of its training, though it is smooth."""
+        return problem.is_stochastic
+
+    def why_not_normals(self, normals: Normals, problem: Problem) -> str:
+        """It draws in cells of its own."""
+        return (
+            "SlowFlow reaches saved times by a Brownian bridge inside its cells, whose random "
+            "numbers have a key of their own that normals does not change; leave it out."
+        )
 
     def check(self, problem: Problem, weights: Weights) -> None:
         """Raise where training does not settle at a stable minimum, warn where it hardly does."""

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import diffrax
 import equinox as eqx
@@ -16,6 +16,8 @@ from gradflow.checks import MOST_COUNTED, checked_count, checked_step_size
 from gradflow.dynamics.base import (
     DYNAMICS,
     AbstractDynamics,
+    RateTheory,
+    Role,
     State,
     Step,
     advance_in_blocks,
@@ -33,7 +35,7 @@ from gradflow.dynamics.sde_terms import (
 )
 from gradflow.network import left_products, right_products, widths_of
 from gradflow.problem import Problem
-from gradflow.random.streams import Source, Stream
+from gradflow.random.streams import Normals, Source, Stream
 from gradflow.solvers.grid_path import GridBrownianPath
 from gradflow.solvers.small_noise import SmallNoise
 
@@ -99,6 +101,8 @@ class StochasticFlow(AbstractDynamics):
     **Raises:** `ValueError` or `TypeError` naming the argument that makes no sense.
     """
 
+    role: ClassVar[Role | None] = Role.SDE
+
     step_size: Scalar
     order: int = eqx.field(static=True)
     substeps: int = eqx.field(static=True)
@@ -141,6 +145,15 @@ class StochasticFlow(AbstractDynamics):
         if self.solver is not None:
             return None
         return 2.0 * self.substeps if self.order == 1 else math.sqrt(1.0 + 4.0 * self.substeps) - 1
+
+    @property
+    def rate_theory(self) -> RateTheory:
+        """The slow flow of small steps; at order 2 the drift, since that has none of its own."""
+        return "leading_order" if self.order == 1 else "one_step"
+
+    def theory_options(self) -> dict[str, Any]:
+        """An SDE of its order."""
+        return {"discrete": False, "order": self.order}
 
     def is_random(self, problem: Problem) -> bool:
         """Whether the problem has noise."""
@@ -185,7 +198,7 @@ class StochasticFlow(AbstractDynamics):
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """What one grid step takes: normals of the factor and of Levy areas, or a draw."""
-        return shapes_of_one(lambda stream: self._draw(problem, stream, widths))
+        return shapes_of_one(lambda stream: self.draw(problem, stream, widths))
 
     def advance(
         self,
@@ -201,7 +214,7 @@ class StochasticFlow(AbstractDynamics):
         clock = self.step_size.dtype
 
         def draw(first_step: Array) -> Any:
-            return self._draw(problem, source.at(first_step + jnp.arange(block)), widths)
+            return self.draw(problem, source.at(first_step + jnp.arange(block)), widths)
 
         def stepper(state: State) -> Step:
             solver, terms = self._equation(problem, state.noise, state.limit)
@@ -224,7 +237,37 @@ class StochasticFlow(AbstractDynamics):
             return not problem.has_diffusion_factor
         return self.diffusion == "sampled"
 
-    def _draw(self, problem: Problem, stream: Stream, widths: tuple[int, ...]) -> tuple[Any, ...]:
+    def follows_path(self, problem: Problem) -> bool:
+        """Whether the noise is Gaussian, or taken through its closed factor."""
+        closed = self.diffusion != "sampled" and problem.has_diffusion_factor
+        return problem.is_gaussian or closed
+
+    def why_not_normals(self, normals: Normals, problem: Problem) -> str | None:
+        """Another law must keep the weak order: have its moments right, in a solver that keeps it.
+
+        Sampled gradients take Gaussian normals alone.
+        """
+        if normals.law == "gaussian":
+            return None
+        if self.is_sampled(problem):
+            return (
+                "StochasticFlow takes centred sampled gradients as increments here, and their "
+                "normals are the noise of training itself; use diffusion='closed' where there is a "
+                "closed factor, or use law='gaussian'."
+            )
+        if not isinstance(self.solver, diffrax.Euler | SmallNoise | None):
+            return (
+                f"StochasticFlow.solver={type(self.solver).__name__} is not known to keep its "
+                "order with increments of another law; leave solver out, or use law='gaussian'."
+            )
+        if self.order == 2 and normals.law == "two-point":
+            return (
+                "its moments are right up to the third, and StochasticFlow.order=2 needs them up "
+                "to the fifth; use law='three-point'."
+            )
+        return None
+
+    def draw(self, problem: Problem, stream: Stream, widths: tuple[int, ...]) -> tuple[Any, ...]:
         """The random numbers of a block of grid steps, and those of the areas the solver needs."""
         if self.is_sampled(problem):
             return (problem.draw(stream, widths),)

@@ -13,6 +13,7 @@ from gradflow.checks import checked_count, checked_step_size
 from gradflow.dynamics.base import (
     DYNAMICS,
     AbstractDynamics,
+    RateTheory,
     State,
     Step,
     advance_in_blocks,
@@ -21,8 +22,15 @@ from gradflow.dynamics.base import (
     over_paths,
     whole_turns,
 )
+from gradflow.dynamics.descent import GradientDescent
 from gradflow.dynamics.layers import minus_scaled
-from gradflow.dynamics.noise import at_step, check_gaussian, drawn_on_grid, shapes_of_one
+from gradflow.dynamics.noise import (
+    at_step,
+    check_gaussian,
+    drawn_on_grid,
+    shapes_of_one,
+    with_path_substeps,
+)
 from gradflow.network import widths_of
 from gradflow.problem import Problem
 from gradflow.random.streams import Source, Stream
@@ -85,6 +93,20 @@ class SVAG(AbstractDynamics):
         r"""The largest stable $h \lambda$ on a quadratic loss: $2 l$."""
         return 2.0 * self.amplification
 
+    @property
+    def discrete_training(self) -> GradientDescent:
+        """Descent with its steps $h / l$."""
+        return GradientDescent(self.step_size / self.amplification)
+
+    @property
+    def rate_theory(self) -> RateTheory:
+        """The drift of one step: it has no slow flow of its own, unless it is SGD."""
+        return "finite_step" if self.amplification == 1 else "one_step"
+
+    def theory_options(self) -> dict[str, Any]:
+        """Step by step, with amplified noise."""
+        return {"discrete": True, "amplification": self.amplification}
+
     def is_random(self, problem: Problem) -> bool:
         """Whether the problem has noise."""
         return problem.is_stochastic
@@ -117,7 +139,7 @@ class SVAG(AbstractDynamics):
 
     def noise_shapes(self, problem: Problem, widths: tuple[int, ...]) -> Any:
         """What the draws of one substep take."""
-        return shapes_of_one(lambda stream: self._draws(problem, stream, widths))
+        return shapes_of_one(lambda stream: self.draw(problem, stream, widths))
 
     def advance(
         self,
@@ -134,7 +156,7 @@ class SVAG(AbstractDynamics):
 
         def draw(first_step: Array) -> Any:
             steps = first_step + jnp.arange(block)
-            return self._draws(problem, source.at(steps), widths)
+            return self.draw(problem, source.at(steps), widths)
 
         def step(weights: Weights, noise: Any) -> Weights:
             return minus_scaled(weights, dt, self._gradient(problem, weights, noise))
@@ -148,7 +170,20 @@ class SVAG(AbstractDynamics):
 
         return advance_in_blocks(state, start, stop, block, draw, stepper)
 
-    def _draws(self, problem: Problem, stream: Stream, widths: tuple[int, ...]) -> tuple[Any, ...]:
+    @property
+    def grid_steps(self) -> int:
+        """`path_substeps`."""
+        return self.path_substeps
+
+    def follows_path(self, problem: Problem) -> bool:
+        """Whether the noise is Gaussian."""
+        return problem.is_gaussian
+
+    def on_grid(self, steps: int) -> "SVAG | None":
+        """With so many `path_substeps`, if every substep covers whole ones."""
+        return None if steps % self.amplification else with_path_substeps(self, steps)
+
+    def draw(self, problem: Problem, stream: Stream, widths: tuple[int, ...]) -> tuple[Any, ...]:
         """The draws of a block of substeps: two, or one where it says it all."""
         first = drawn_on_grid(problem, stream, widths, self.path_substeps // self.amplification)
         if self.amplification == 1:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.plot.bounds import BOUNDED
 from gradflow.plot.drawing import Drawing
 from gradflow.plot.reading import RunView
@@ -54,7 +53,7 @@ def _shown(views: Sequence[RunView], observable: str) -> list[RunView]:
 
 def _is_finite_step(view: RunView) -> bool:
     dynamics = view.run.trajectory.dynamics
-    return isinstance(dynamics, SlowFlow) and dynamics.finite_step
+    return dynamics.is_slow and dynamics.theory_options()["discrete"]
 
 
 def _is_wide(views: Sequence[RunView], observable: str) -> bool:

@@ -50,7 +50,7 @@ def divergence(
     )
     if dynamics.step_size is None:
         return text
-    h, limit = float(dynamics.step_size), getattr(dynamics, "stability_limit", None)
+    h, limit = float(dynamics.step_size), dynamics.stability_limit
     if limit is None:
         return f"{text} Use a step size smaller than {h:g}."
     curvature = float(sharpness(DeepLinear(starts[min(path, len(starts) - 1)]), problem))

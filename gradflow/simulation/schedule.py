@@ -12,7 +12,7 @@ import numpy as np
 from gradflow.backend.tracing import float_of
 from gradflow.checks import MOST_COUNTED
 from gradflow.dynamics.base import AbstractDynamics
-from gradflow.dynamics.descent import GradientDescent, scheduled_step_sizes
+from gradflow.dynamics.descent import scheduled_step_sizes
 
 Spacing: TypeAlias = Literal["lin", "log"]
 Save: TypeAlias = int | Sequence[float] | np.ndarray
@@ -89,8 +89,9 @@ def schedule(
             t1 = _end(_checked_steps(steps, 1), float(dynamics.step_size))
         times = _flow_times(float(t1), save, spacing)
         return Schedule(times, times, None)
-    if isinstance(dynamics, GradientDescent) and dynamics.schedule is not None:
-        return _scheduled(dynamics.schedule, t1, steps, save, spacing)
+    step_sizes = dynamics.update_rule.schedule
+    if step_sizes is not None:
+        return _scheduled(step_sizes, t1, steps, save, spacing)
     h = float(dynamics.step_size)
     if t1 is not None:
         with np.errstate(over="ignore"):
@@ -100,7 +101,7 @@ def schedule(
             raise ValueError(_too_short(t1, h))
     else:
         asked = steps
-    finest = max(dynamics.ticks_per_step, getattr(dynamics, "path_substeps", 1))
+    finest = max(dynamics.ticks_per_step, dynamics.grid_steps or 1)
     whole = _checked_steps(asked, finest)
     end = _end(whole, h) if t1 is None else max(float(t1), _end(whole, h))
     saved = _grid_steps(whole, save, spacing, h, end)

@@ -295,7 +295,7 @@ def repeat(trajectory: _Result) -> _Result:
     times = json.loads(trajectory.attrs["save"])
     single = len(trajectory.start) == 1
     length: dict[str, Any] = {"t1": times[-1]}
-    scheduled = getattr(trajectory.dynamics, "schedule", None) is not None
+    scheduled = trajectory.dynamics.update_rule.schedule is not None
     if scheduled and trajectory.step is not None and not trajectory.interrupted:
         length = {"steps": int(trajectory.step[-1])}  # steps of size 0 may stand at the end
     kept: dict[str, Any] = {"store_weights": bool(trajectory.attrs["store_weights"])}

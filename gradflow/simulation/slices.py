@@ -23,7 +23,6 @@ from gradflow.dynamics.base import (
     block_length,
     initial_state,
 )
-from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.network import widths_of
 from gradflow.observables import Observable, observe
 from gradflow.problem import Problem
@@ -121,10 +120,9 @@ class Runner:
                 rate = sizer.message(width) if self._gridded else f"t = {reached:.3g}"
                 self._report(float(share / record.total), 1.0, rate)
         record.paths = paths.stop
-        if isinstance(dynamics, SlowFlow) and state.progress is not None:
-            lost = np.flatnonzero(~np.isfinite(state.weights[0][0, 0])[:width])
-            lost = lost[np.asarray(state.progress.end)[lost] == End.DIVERGED]
-            if lost.size and record.end is None:
+        if state.progress is not None and record.end is None:
+            lost = np.flatnonzero(np.asarray(state.progress.end)[:width] == End.DIVERGED)
+            if lost.size:
                 record.end = dynamics.why_ended(problem, state, int(lost[0]), save_positions[-1])
 
     def _stints(

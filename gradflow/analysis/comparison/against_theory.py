@@ -15,11 +15,8 @@ from gradflow.analysis.comparison.evaluated import EvaluatedRun
 from gradflow.analysis.local_rates import local_rates
 from gradflow.analysis.rates import FEWEST_POINTS, Rate, decay_rate
 from gradflow.analysis.statistics import read_paths, trapezoid_weights, weighted_line
-from gradflow.dynamics.base import AbstractDynamics
-from gradflow.dynamics.descent import GradientDescent
+from gradflow.dynamics.base import AbstractDynamics, Role
 from gradflow.dynamics.effective_time import momentum_of
-from gradflow.dynamics.slow_flow import SlowFlow
-from gradflow.dynamics.stochastic_flow import StochasticFlow
 
 TOLERANCE = 0.05
 """Relative difference of two rates within which they agree."""
@@ -142,7 +139,7 @@ def theory_rows(runs: Sequence[EvaluatedRun]) -> list[TheoryRow]:
     """
     trainings: list[list[EvaluatedRun]] = []
     for run in runs:
-        if isinstance(run.trajectory.dynamics, GradientDescent | StochasticFlow | SlowFlow):
+        if run.trajectory.dynamics.role is not None:
             for members in trainings:
                 if _same_training(members[0], run):
                     members.append(run)
@@ -151,7 +148,7 @@ def theory_rows(runs: Sequence[EvaluatedRun]) -> list[TheoryRow]:
                 trainings.append([run])
     rows = []
     for members in trainings:
-        descents = [r for r in members if isinstance(r.trajectory.dynamics, GradientDescent)]
+        descents = [r for r in members if r.trajectory.dynamics.role is Role.TRAINING]
         others = [r for r in members if r not in descents]
         rows += [_row(one, others) for one in descents] or [_row(None, others)]
     order = {run.name: i for i, run in enumerate(runs)}
@@ -170,13 +167,13 @@ def _same_training(first: EvaluatedRun, second: EvaluatedRun) -> bool:
 
 
 def _method(dynamics: AbstractDynamics) -> tuple[str, ...]:
-    momentum = momentum_of(dynamics)
+    momentum, rule = momentum_of(dynamics), dynamics.update_rule
     return (
-        str(getattr(dynamics, "schedule", None) or dynamics.step_size),
+        str(rule.schedule or dynamics.step_size),
         str(momentum),
-        str(getattr(dynamics, "decay", "coupled") if momentum else "coupled"),
-        str(getattr(dynamics, "nesterov", False)),
-        str(getattr(dynamics, "optimizer", None)),
+        str(rule.decay if momentum else "coupled"),
+        str(rule.nesterov),
+        str(rule.optimizer),
     )
 
 
@@ -209,17 +206,18 @@ def _row(descent: EvaluatedRun | None, others: Sequence[EvaluatedRun]) -> Theory
         slow[is_finite] = compared(name, _of_rate(run.along, 0.0), at_start=False)
     for other in others:
         dynamics = other.trajectory.dynamics
-        if isinstance(dynamics, SlowFlow):
-            name = "" if dynamics.finite_step else "h \u2192 0"
-            slow[dynamics.finite_step] = beside(other, name)
-        elif isinstance(dynamics, StochasticFlow):
-            name = f"order {dynamics.order}" if dynamics.order > 1 else ""
-            equations.append(beside(other, name))
+        options = dynamics.theory_options()
+        if dynamics.is_slow:
+            is_finite = options["discrete"]
+            slow[is_finite] = beside(other, "" if is_finite else "h \u2192 0")
+        elif dynamics.role is Role.SDE:
+            order = options.get("order", 1)
+            equations.append(beside(other, f"order {order}" if order > 1 else ""))
     leading = finite = None
     if prediction is not None:
         leading = Measured(prediction.leading_rate)
         # the prediction for an SDE is that of small steps
-        is_sde = isinstance(run.trajectory.dynamics, StochasticFlow)
+        is_sde = run.trajectory.dynamics.role is Role.SDE
         finite = None if is_sde else Measured(prediction.imbalance_rate)
     step_size = run.trajectory.dynamics.step_size
     return TheoryRow(

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from gradflow.analysis.phases import Phases
 from gradflow.analysis.prediction.prediction import Prediction
 from gradflow.analysis.rates import Rate
-from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.results.trajectory import Trajectory
 
 
@@ -45,7 +44,7 @@ class EvaluatedRun:
     @property
     def is_slow(self) -> bool:
         """Whether the run lies on the minima from its start on."""
-        return isinstance(self.trajectory.dynamics, SlowFlow)
+        return self.trajectory.dynamics.is_slow
 
     @property
     def is_smooth(self) -> bool:

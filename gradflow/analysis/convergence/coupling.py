@@ -1,19 +1,15 @@
 """Which noise two dynamics can share, so that their difference can be seen path by path."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from gradflow.dynamics.base import AbstractDynamics
-from gradflow.dynamics.descent import GradientDescent
-from gradflow.dynamics.stochastic_flow import StochasticFlow
-from gradflow.dynamics.svag import SVAG
 from gradflow.problem import Problem
 
 DynamicsOfStep: TypeAlias = AbstractDynamics | Callable[[float], AbstractDynamics]
@@ -24,8 +20,6 @@ FINEST = 1024
 
 SAME = 1e-9
 """Relative difference below which two step sizes are the same."""
-
-_Dynamics = TypeVar("_Dynamics", bound=AbstractDynamics)
 
 
 @dataclass(frozen=True)
@@ -67,9 +61,9 @@ def at_step_size(dynamics: DynamicsOfStep, step_size: float, name: str) -> Abstr
     if isinstance(dynamics, AbstractDynamics):
         if dynamics.step_size is None:
             return dynamics
-        fixed = getattr(dynamics, "schedule", None) is not None
-        optimizer = getattr(dynamics, "optimizer", None)
-        if fixed or hasattr(optimizer, "update"):
+        rule = dynamics.update_rule
+        fixed = rule.schedule is not None
+        if fixed or hasattr(rule.optimizer, "update"):
             raise TypeError(
                 f"{name}: the steps of this {type(dynamics).__name__} are set by its "
                 f"{'schedule' if fixed else 'optimizer'}, not by step_size alone; give a function "
@@ -106,7 +100,7 @@ def couple(
         description = f"every path of {_name(moving)} against the one path of {_name(still)}"
         grid = _grid(problem, (moving,))
         return Coupling(first, second, random, True, grid, description)
-    found = _common_path(first, second) if problem.is_gaussian else None
+    found = _common_path(problem, first, second) if problem.is_gaussian else None
     if found is not None:
         first, second, substeps = found
         grid = _grid(problem, (first, second))
@@ -119,9 +113,11 @@ def couple(
     return Coupling(first, second, random, False, None, f"independent ensembles: {_why(problem)}")
 
 
-def _common_path(first: _Dynamics, second: _Dynamics) -> tuple[_Dynamics, _Dynamics, int] | None:
+def _common_path(
+    problem: Problem, first: AbstractDynamics, second: AbstractDynamics
+) -> tuple[AbstractDynamics, AbstractDynamics, int] | None:
     """Both on one Brownian path, and its grid steps in the longer step; None if they cannot."""
-    if not (_follows_path(first) and _follows_path(second)):
+    if not (first.follows_path(problem) and second.follows_path(problem)):
         return None
     steps = [float(d.step_size) for d in (first, second)]
     ratio = Fraction(steps[0] / steps[1]).limit_denominator(64)
@@ -129,51 +125,19 @@ def _common_path(first: _Dynamics, second: _Dynamics) -> tuple[_Dynamics, _Dynam
         return None
     for finer in range(1, FINEST // max(ratio.numerator, ratio.denominator) + 1):
         counts = ratio.numerator * finer, ratio.denominator * finer
-        if _can_take(first, counts[0]) and _can_take(second, counts[1]):
-            return _on_path(first, counts[0]), _on_path(second, counts[1]), max(counts)
+        one, other = first.on_grid(counts[0]), second.on_grid(counts[1])
+        if one is not None and other is not None:
+            return one, other, max(counts)
     return None
-
-
-def _follows_path(dynamics: AbstractDynamics) -> bool:
-    """Whether Gaussian noise reaches the dynamics on an even grid of flow time."""
-    if isinstance(dynamics, GradientDescent):
-        return dynamics.schedule is None
-    return isinstance(dynamics, StochasticFlow | SVAG)
-
-
-def _can_take(dynamics: AbstractDynamics, count: int) -> bool:
-    """Whether the path may have `count` grid steps in a step of the dynamics."""
-    if isinstance(dynamics, SVAG):
-        return count % dynamics.amplification == 0
-    return isinstance(dynamics, GradientDescent) or count == _grid_steps(dynamics)
-
-
-def _grid_steps(dynamics: AbstractDynamics) -> int:
-    """Grid steps of the path in a step of the dynamics."""
-    if isinstance(dynamics, StochasticFlow):
-        return dynamics.substeps
-    return getattr(dynamics, "path_substeps", 1)
-
-
-def _on_path(dynamics: _Dynamics, count: int) -> _Dynamics:
-    """The dynamics with `count` grid steps of the path in its step."""
-    if _grid_steps(dynamics) == count:
-        return dynamics
-    changed = copy.copy(dynamics)
-    object.__setattr__(changed, "path_substeps", count)
-    return changed
 
 
 def _grid(problem: Problem, dynamics: tuple[AbstractDynamics, ...]) -> BrownianGrid | None:
     """The grid of the normals that are all the noise of the dynamics; None if it is more."""
-    for one in dynamics:
-        closed = isinstance(one, StochasticFlow) and one.diffusion != "sampled"
-        normal = problem.is_gaussian or (closed and problem.has_diffusion_factor)
-        if not (normal and _follows_path(one)):
-            return None
-    counts = [_grid_steps(one) for one in dynamics]
+    ticks = dynamics[0].grid_steps
+    if ticks is None or not all(one.follows_path(problem) for one in dynamics):
+        return None
     longest = max(float(one.step_size) for one in dynamics)
-    tick = float(dynamics[0].step_size) / counts[0]
+    tick = float(dynamics[0].step_size) / ticks
     return BrownianGrid(tick, round(longest / tick))
 
 

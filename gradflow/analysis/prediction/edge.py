@@ -5,7 +5,7 @@ import numpy as np
 
 from gradflow.backend.types import Scalar
 from gradflow.data import Regression
-from gradflow.dynamics import GradientDescent
+from gradflow.dynamics.base import AbstractDynamics
 from gradflow.geometry.curvature import sharpness, smallest_positive
 from gradflow.geometry.imbalance import imbalance
 from gradflow.network import DeepLinear
@@ -13,7 +13,7 @@ from gradflow.problem import Problem
 
 
 def beyond_the_edge(
-    problem: Problem, net: DeepLinear, training: GradientDescent, reached: float
+    problem: Problem, net: DeepLinear, training: AbstractDynamics, reached: float
 ) -> str:
     """What to know of a start at which descent is not stable; empty for one at which it is.
 
@@ -21,7 +21,7 @@ def beyond_the_edge(
     """
     moments = Regression.from_moments(problem.input_moment, problem.data.syx, problem.data.syy)
     top = float(training.step_size) * float(sharpness(net, moments))
-    edge = edge_of_stability(training.momentum)
+    edge = edge_of_stability(training.update_rule.momentum)
     if top <= edge:
         return ""
     return (
@@ -54,17 +54,18 @@ def unstable(
     )
 
 
-def optimization_rate(spectrum: np.ndarray, training: GradientDescent | None) -> float:
+def optimization_rate(spectrum: np.ndarray, training: AbstractDynamics | None) -> float:
     """Slowest decay rate of the residual at a minimum with this Hessian spectrum."""
     slowest = float(smallest_positive(jnp.asarray(spectrum)))
     if training is None:
         return slowest
     h = float(training.step_size)
     modes = spectrum[spectrum >= slowest]
-    if training.momentum is None:
+    momentum = training.update_rule.momentum
+    if momentum is None:
         factors = np.abs(1.0 - h * modes)
     else:
-        beta = float(training.momentum)
+        beta = float(momentum)
         companions = np.array([[[1 + beta - h * m, -beta], [1.0, 0.0]] for m in modes])
         factors = np.abs(np.linalg.eigvals(companions)).max(axis=1)
     with np.errstate(divide="ignore"):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradflow.backend.compiled import compiled
-from gradflow.dynamics import GradientDescent, GradientFlow
+from gradflow.dynamics.base import AbstractDynamics
 from gradflow.geometry.curvature import minima_spectrum, sharpness, smallest_positive
 from gradflow.network import DeepLinear
 from gradflow.problem import Problem
@@ -40,9 +40,9 @@ def _output_gradient_norm(net: DeepLinear, problem: Problem):
     return jnp.linalg.norm(net.end_to_end @ problem.data.sxx - problem.data.syx)
 
 
-def _beyond_edge(clean: Problem, net: DeepLinear, mover: GradientDescent | GradientFlow) -> str:
+def _beyond_edge(clean: Problem, net: DeepLinear, mover: AbstractDynamics) -> str:
     """That steps are not stable at a network; empty if they are."""
-    if not isinstance(mover, GradientDescent) or mover.stability_limit is None:
+    if mover.stability_limit is None:
         return ""
     h, limit = float(mover.step_size), float(mover.stability_limit)
     share = h * float(sharpness(net, clean))
@@ -54,9 +54,7 @@ def _beyond_edge(clean: Problem, net: DeepLinear, mover: GradientDescent | Gradi
     )
 
 
-def noise_free_run(
-    clean: Problem, net: DeepLinear, mover: GradientDescent | GradientFlow
-) -> Trajectory:
+def noise_free_run(clean: Problem, net: DeepLinear, mover: AbstractDynamics) -> Trajectory:
     """The noise-free run from `net` until it has converged, with its weights."""
     watched = {
         "excess_loss": None,

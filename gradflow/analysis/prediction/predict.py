@@ -15,17 +15,9 @@ from gradflow.analysis.prediction.overlap import overlap
 from gradflow.analysis.prediction.prediction import Prediction
 from gradflow.analysis.prediction.rate_law import RateLaw, Theory, rounded_speed
 from gradflow.backend.compiled import compiled
-from gradflow.backend.types import Scalar
 from gradflow.checks import Decay, is_number
 from gradflow.data import Regression
-from gradflow.dynamics import (
-    SVAG,
-    ExactFlow,
-    GradientDescent,
-    GradientFlow,
-    SlowFlow,
-    StochasticFlow,
-)
+from gradflow.dynamics import GradientDescent, GradientFlow, SlowFlow
 from gradflow.dynamics.base import AbstractDynamics
 from gradflow.geometry.base import (
     check_double,
@@ -35,7 +27,6 @@ from gradflow.geometry.base import (
 )
 from gradflow.geometry.imbalance import imbalance, squared_norms
 from gradflow.network import DeepLinear
-from gradflow.observables import theory_options
 from gradflow.problem import Problem
 from gradflow.results.trajectory import Trajectory
 from gradflow.simulation.progress import announced
@@ -110,14 +101,12 @@ def predict(
 
 def _predicted(run: "_Run") -> Prediction:
     """The laws of a run, and those of its dynamics among them."""
-    dynamics, training = run.dynamics, _training(run.dynamics)
-    start = run.optimization_phase(training or GradientFlow(1e-10, 1e-12))
+    dynamics, training = run.dynamics, run.dynamics.discrete_training
+    start = run.optimization_phase(training)
     leading = run.law("leading_order", start)
-    finite = None
-    if isinstance(dynamics, GradientDescent) or (training is not None and run.is_slow):
-        finite = run.law("finite_step", start)
+    finite = run.law("finite_step", start) if dynamics.rate_theory == "finite_step" else None
     own, slow = finite or leading, finite or leading
-    if isinstance(dynamics, SVAG) or (isinstance(dynamics, StochasticFlow) and dynamics.order == 2):
+    if dynamics.rate_theory == "one_step":
         own, slow = run.law("leading_order", start, exact=True), None
     notes = []
     if training is not None and np.isfinite(own.optimization_rate):
@@ -134,7 +123,7 @@ def _predicted(run: "_Run") -> Prediction:
             "decays, and everything here is of leading order in that; simulate to know more"
         )
     note = "; ".join(text for text in notes if text)
-    return _summary(dynamics, own, leading, finite, slow, run.eps, note, start.overlap)
+    return _summary(training, own, leading, finite, slow, run.eps, note, start.overlap)
 
 
 def _check_penalties(problem: Problem) -> None:
@@ -163,42 +152,20 @@ def _as_dynamics(
             "momentum and decay stand beside a step size; a dynamics has its own: give "
             f"{type(given).__name__}(..., momentum=..., decay=...)."
         )
-    covered = (GradientFlow, ExactFlow, GradientDescent, SVAG, StochasticFlow, SlowFlow)
-    if not isinstance(given, covered):
-        names = ", ".join(kind.__name__ for kind in covered)
+    kind = type(given).__name__
+    if given.rate_theory is None:
         raise ValueError(
-            f"dynamics: predictions cover {names}; got {type(given).__name__}. Predict for "
-            "GradientDescent of the same step size instead."
+            "dynamics: predictions cover GradientFlow, ExactFlow, GradientDescent, SVAG, "
+            f"StochasticFlow, SlowFlow; got {kind}. Predict for GradientDescent of the same step "
+            "size instead."
         )
-    if isinstance(given, GradientDescent):
-        _check_plain(given)
-    if isinstance(given, SVAG) and given.amplification == 1:
-        return GradientDescent(given.step_size)
+    beyond = given.update_rule.beyond_plain(heavy_ball=True)
+    if beyond is not None:
+        raise ValueError(
+            f"dynamics: predictions cover plain SGD and heavy ball; this {kind} has {beyond[0]}. "
+            f"Predict for {kind} with {beyond[1]}."
+        )
     return given
-
-
-def _check_plain(given: GradientDescent) -> None:
-    """Raise a `ValueError` for descent that is neither plain nor heavy ball."""
-    for present, what, fix in (
-        (given.optimizer is not None, "an optimizer", "optimizer=None"),
-        (given.schedule is not None, "a schedule of step sizes", "a constant step_size"),
-        (given.nesterov, "Nesterov momentum", "nesterov=False"),
-    ):
-        if present:
-            raise ValueError(
-                "dynamics: predictions cover plain SGD and heavy ball; this GradientDescent has "
-                f"{what}. Predict for GradientDescent with {fix}."
-            )
-
-
-def _training(dynamics: AbstractDynamics) -> GradientDescent | None:
-    """The training step by step that a dynamics is, or describes; None for a flow and an SDE."""
-    if isinstance(dynamics, SVAG):
-        return GradientDescent(dynamics.step_size / dynamics.amplification)
-    if isinstance(dynamics, SlowFlow) and dynamics.finite_step:
-        beta = 0.0 if dynamics.momentum is None else dynamics.momentum
-        return GradientDescent(dynamics.step_size, beta, decay=dynamics.decay)
-    return dynamics if isinstance(dynamics, GradientDescent) else None
 
 
 @dataclass(frozen=True)
@@ -211,7 +178,7 @@ class _Start:
     path: Trajectory
     limit: DeepLinear
     spectrum: np.ndarray
-    training: GradientDescent | None
+    training: AbstractDynamics | None
     overlap: float
 
 
@@ -227,20 +194,20 @@ class _Run:
     ) -> None:
         self.problem, self.net, self.dynamics, self.eps = problem, net, dynamics, eps
         self.h = 0.0 if dynamics.step_size is None else float(dynamics.step_size)
-        self.momentum: Scalar | None = getattr(dynamics, "momentum", None)
-        self.decay: Decay = getattr(dynamics, "decay", "coupled")
-        self.is_slow = isinstance(dynamics, SlowFlow)
-        self.random = problem.is_stochastic if self.is_slow else dynamics.is_random(problem)
+        rule = dynamics.update_rule
+        self.momentum = rule.momentum
+        self.decay: Decay = rule.decay
+        self.random = dynamics.describes_noise(problem)
         self.pulled = bool(problem.penalties or problem.layer_noise)
 
-    def optimization_phase(self, mover: GradientDescent | GradientFlow) -> _Start:
-        """The optimization phase without noise and penalties."""
+    def optimization_phase(self, training: AbstractDynamics | None) -> _Start:
+        """The optimization phase without noise and penalties; for None that of gradient flow."""
         data = self.problem.data
         moments = Regression.from_moments(self.problem.input_moment, data.syx, data.syy)
+        mover = training or GradientFlow(1e-10, 1e-12)
         path = noise_free_run(Problem(moments), self.net, mover)
         limit = DeepLinear(landed(path.network(-1).weights, self.problem))
         spectrum = np.asarray(nonzero_spectrum(limit, self.problem.input_moment))
-        training = mover if isinstance(mover, GradientDescent) else None
         beta = 0.0 if self.momentum is None else float(self.momentum)
         shared = overlap(self.problem, path, limit, self.h, beta) if self.random else 0.0
         return _Start(path, limit, spectrum, training, shared)
@@ -249,7 +216,7 @@ class _Run:
         """Every number of a theory at a minimum; with `exact` by the drift of one step."""
         options: dict[str, Any] = {"discrete": False, "momentum": self.momentum}
         if exact:
-            options = theory_options(self.dynamics)
+            options = self.dynamics.theory_options()
         elif theory == "finite_step":
             options = {"discrete": True, "momentum": self.momentum}
         found = at_minimum(
@@ -276,7 +243,7 @@ class _Run:
         compounded = None
         if exact:
             drift, compounded = self._exact_drift(start.limit), start.training
-        if theory == "finite_step" and not self.is_slow and self.momentum is None:
+        if theory == "finite_step" and not self.dynamics.is_slow and self.momentum is None:
             compounded = start.training
             drift += self.h * float(self.problem.weight_decay) ** 2 * distance
         size = float(jnp.sqrt(jnp.sum(squared_norms(start.limit))))
@@ -383,7 +350,7 @@ class _Run:
 
 
 def _summary(
-    dynamics: AbstractDynamics,
+    training: AbstractDynamics | None,
     own: RateLaw,
     leading: RateLaw,
     finite: RateLaw | None,
@@ -393,9 +360,7 @@ def _summary(
     overlap: float,
 ) -> Prediction:
     """The prediction whose numbers are those of the law of the dynamics itself."""
-    h = own.step_size or float("nan")
-    if isinstance(dynamics, SVAG):
-        h = h / dynamics.amplification
+    h = float(training.step_size) if training is not None else own.step_size or float("nan")
     return Prediction(
         optimization_rate=own.optimization_rate,
         optimization_end=own.optimization_end,
@@ -428,7 +393,7 @@ def _exact_drift(
     problem: Problem, limit: DeepLinear, dynamics: AbstractDynamics, random: bool
 ) -> float:
     """Expected $dD/dt$ of one step in the regularization phase, or of the SDE."""
-    options = theory_options(dynamics)
+    options = dynamics.theory_options()
     h, extra = dynamics.step_size, None
     sees_mean = options["discrete"] or options.get("order") == 2
     if random and sees_mean:
@@ -440,7 +405,7 @@ def _exact_drift(
     return float(_imbalance_drift(problem, limit.weights, h, extra=extra, **options))
 
 
-def _decay_rate(drift: float, start: float, training: GradientDescent | None) -> float:
+def _decay_rate(drift: float, start: float, training: AbstractDynamics | None) -> float:
     """The exponential rate per flow time of which `drift` is the expected change."""
     if start == 0.0:
         return float("nan")

@@ -20,7 +20,6 @@ from gradflow.analysis.prediction.predict import predict
 from gradflow.analysis.rates import decay_rate
 from gradflow.analysis.unmeasured import in_spec
 from gradflow.backend.whole_file import write_whole
-from gradflow.dynamics.slow_flow import SlowFlow
 from gradflow.results.trajectory import Trajectory
 from gradflow.simulation.divergence import DivergedWarning
 from gradflow.simulation.simulate import InterruptedWarning, simulate
@@ -208,7 +207,7 @@ class _Job:
         if not self.plan.evaluate or trajectory.interrupted:
             return replace(result, notes=tuple(notes))
         measured = rate = None
-        if isinstance(prepared.dynamics, SlowFlow):
+        if prepared.dynamics.is_slow:
             if "imbalance" in trajectory:
                 whole = float(trajectory.time[0]), float(trajectory.time[-1])
                 rate = _attempt(lambda: decay_rate(trajectory, window=whole), "rate", notes)
