@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 # JAX reads these when it is imported, and the programs that tests start inherit them: compiled
@@ -34,6 +35,20 @@ _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fixed", derandomize=True, max_examples=20, **_COMMON)
 settings.register_profile("explore", max_examples=500, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses among the marks
+def pytest_collection_modifyitems(items):
+    """Of a test marked `few_cases(n)` all cases but the first n are slow."""
+    seen = Counter()
+    for item in items:
+        mark = item.get_closest_marker("few_cases")
+        if mark is not None:
+            test = item.nodeid.partition("[")[0]
+            seen[test] += 1
+            if seen[test] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+
 
 # Every compiled program maps memory a few times, and Linux allows a process 65,530 mappings: one
 # more ends it with a segmentation fault. Modules share few programs, so the old ones may go.

@@ -56,6 +56,7 @@ def test_compiling_is_noticed():
     assert EVENTS[before:] == list(COMPILING)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     "make",
     [
@@ -84,6 +85,7 @@ def small(rate: float, seed: int, *regularizers: gf.AbstractRegularizer) -> tupl
     return gf.Problem(data, regularizers), net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "noise"),
     [
@@ -113,6 +115,7 @@ def test_numbers_of_the_other_dynamics_do_not_compile_anything(
     assert first != second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [lambda v: gf.GradientDescent(0.01 * v), lambda v: gf.StochasticFlow(0.01 * v)],
@@ -145,6 +148,7 @@ observables = ["excess_loss", "loss_floor", "imbalance"]
 """
 
 
+@pytest.mark.slow
 def test_numbers_of_a_study_do_not_compile_anything(tmp_path: Path):
     """Phases, rates, predictions and claims included."""
 

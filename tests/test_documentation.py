@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/slow_flow.md", "docs/regularizers.md"])
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """Blocks run one after the other; the second page starts from the imports of the first."""

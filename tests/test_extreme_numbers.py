@@ -93,6 +93,7 @@ def check_all(dynamics: str, regularizer: str):
         check(DYNAMICS[dynamics](), REGULARIZERS[regularizer], start)
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(("dynamics", "regularizer"), QUICK)
 def test_nothing_is_silently_wrong(dynamics: str, regularizer: str):
     check_all(dynamics, regularizer)
@@ -233,6 +234,7 @@ def test_a_target_far_beyond_the_start_is_no_divergence(target: float):
     np.testing.assert_allclose(run["end_to_end"][-1], [[target]], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_slow_flow_takes_few_paths_at_once():
     problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.5)])
     run = gf.simulate(problem, SMALL, gf.SlowFlow(0.01), t1=0.1, save=2, replicas=5000)

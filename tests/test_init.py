@@ -43,6 +43,7 @@ def matrix(seed: int, shape: tuple[int, ...], rank: int) -> np.ndarray:
     return rng.normal(size=(shape[-1], rank)) @ rng.normal(size=(rank, shape[0]))
 
 
+@pytest.mark.slow
 @given(widths, seeds)
 def test_shapes(shape, seed):
     key = jax.random.key(seed)

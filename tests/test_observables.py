@@ -67,6 +67,7 @@ def values(
     return {name: np.asarray(value) for name, value in seen.items()}
 
 
+@pytest.mark.slow
 def test_every_path_is_observed_by_itself():
     problem = problem_of(gf.InputNoise(INPUT_STD), gf.WeightDecay(DECAY))
     simple = [
@@ -125,6 +126,7 @@ def test_every_path_is_observed_by_itself():
             np.testing.assert_allclose(seen[name][..., r], expected[name], rtol=1e-10, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [3, 2])
 def test_the_sharpness_ratio_of_the_flattest_minimum_is_one(rank: int):
     """Also where the second moment of the inputs is singular."""

@@ -254,6 +254,7 @@ def test_the_text_is_an_aligned_table_and_the_frame_has_its_rows(make_run):
     np.testing.assert_allclose(frame["difference"], frame["mean_second"] - frame["mean_first"])
 
 
+@pytest.mark.slow
 def test_real_dynamics_on_one_problem():
     problem = gf.Problem(gf.Regression.whitened(target=[[1.0]]), [gf.LabelNoise(0.5)])
     net = gf.DeepLinear([np.array([[2.0]]), np.array([[0.1]])])
@@ -355,6 +356,7 @@ def test_momentum_beside_an_sde_is_compared_in_effective_time():
     assert "effective time" in text and "flow time" not in text
 
 
+@pytest.mark.slow
 def test_heavy_ball_of_small_steps_keeps_pace_with_gradient_flow():
     dynamics = [gf.GradientFlow(), gf.GradientDescent(1e-3, 0.9), gf.HeavyBallFlow(1e-3, 0.9)]
     found = compare(PLAIN, SCALARS, dynamics, t1=2.0, save=3, observables=["end_to_end"])

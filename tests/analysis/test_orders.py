@@ -87,6 +87,7 @@ def test_gradient_descent_follows_gradient_flow_to_order_one():
     assert (imbalance.standard_error == 0.0).all() and (imbalance.replicas == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [2, 3])
 def test_modified_flows_have_the_order_they_claim(order):
     flow = ModifiedFlow(0.1, order, **SHARP)
@@ -98,6 +99,7 @@ def test_modified_flows_have_the_order_they_claim(order):
     assert f"ModifiedFlow(order={order})" in str(found)
 
 
+@pytest.mark.slow
 def test_differences_below_the_tolerance_are_not_fitted():
     loose = GradientFlow(rtol=1e-3, atol=1e-3)
     found = orders(QUIET, NET, GradientDescent(0.01), loose, H, t1=1.0, observables=["loss"])
@@ -106,6 +108,7 @@ def test_differences_below_the_tolerance_are_not_fitted():
         found.order()
 
 
+@pytest.mark.slow
 def test_different_momenta_do_not_keep_pace_in_flow_time_and_the_table_says_so():
     steps = [0.1, 0.05, 0.025]
     first, second = GradientDescent(0.1, 0.5), gf.HeavyBallFlow(0.1, 0.5)
@@ -175,6 +178,7 @@ def linear_moments(h, w0, std, substeps):
     return mean, np.sqrt(mean**2 + np.sum((coarse - fine) ** 2))
 
 
+@pytest.mark.slow
 def test_linear_network_against_its_exact_moments():
     net, first, second = (
         gf.DeepLinear([np.array([[1.2]])]),
@@ -213,6 +217,7 @@ def test_a_vanishing_leading_coefficient_is_not_read_as_an_order(first_order):
         first_order.order("loss")
 
 
+@pytest.mark.slow
 def test_errors_agree_with_unpaired_runs(first_order):
     # Independent ensembles, no controls: the same differences, with larger errors.
     h, (points, *_) = 0.1, [p for p in first_order.points if p.observable == "square"]
@@ -235,6 +240,7 @@ def test_errors_agree_with_unpaired_runs(first_order):
     assert points.standard_error[0] < 0.25 * error
 
 
+@pytest.mark.slow
 def test_witnesses_show_the_order_that_an_observable_hides():
     found = orders(
         NOISY,
@@ -252,6 +258,7 @@ def test_witnesses_show_the_order_that_an_observable_hides():
     assert found.overall is found.rows[1] and found.overall.low <= 1.0 <= found.overall.high
 
 
+@pytest.mark.slow
 def test_weak_order_two():
     # with 4096 pairs order 1 is about 10 half widths away
     found = orders(
@@ -269,6 +276,7 @@ def test_weak_order_two():
     assert found.order() > 1.7 and all(r.resolved for r in found.rows)
 
 
+@pytest.mark.slow
 def test_unresolved_orders_ask_for_replicas():
     found = orders(
         NOISY,
@@ -290,6 +298,7 @@ def test_unresolved_orders_ask_for_replicas():
         found.order()
 
 
+@pytest.mark.slow
 def test_independent_ensembles_and_what_strong_distances_need():
     first, second = GradientDescent(0.2), StochasticFlow(0.2)
     arguments = (SAMPLES, NET, first, second, [0.2, 0.1, 0.05])
@@ -299,6 +308,7 @@ def test_independent_ensembles_and_what_strong_distances_need():
         orders(*arguments, t1=1.0, replicas=64, key=KEY, kind="strong")
 
 
+@pytest.mark.slow
 def test_one_random_dynamics():
     # SGD stays a distance sqrt(h) from gradient flow: strong order 1/2.
     net = gf.DeepLinear([np.array([[1.2]])])
@@ -353,6 +363,7 @@ def test_couplings():
     assert same.grid is None
 
 
+@pytest.mark.slow
 def test_halved_steps_share_their_path():
     # The same noise summed: the difference is far below that of independent paths.
     net = gf.DeepLinear([np.array([[1.0]])])
@@ -386,6 +397,7 @@ def test_restepping():
         at_step_size(lambda h: 2 * h, 0.05, "second")
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("replicas", [30, 90, 2000])
 def test_controls_are_functionals_of_the_path_with_mean_zero(replicas):
     grid = BrownianGrid(0.025, 4)
@@ -520,6 +532,7 @@ def test_bad_input(change, message):
         orders(**(arguments | change))
 
 
+@pytest.mark.slow
 def test_pairs_of_which_one_diverges_are_counted_and_their_step_size_left_out():
     # At h = 0.5 noise of this size throws about 90 paths of SGD away, at 1/64 none.
     wild = gf.Problem(DATA, [gf.LabelNoise(1.5)])
@@ -542,6 +555,7 @@ def test_pairs_of_which_one_diverges_are_counted_and_their_step_size_left_out():
     assert f"{points.diverged[0]} of 256 at h = 0.5" in str(found)
 
 
+@pytest.mark.slow
 def test_errors_of_an_integrator_are_seen_where_they_grow():
     """Near a saddle the error of a loose integrator is several of its tolerances."""
     net = gf.DeepLinear([[[1e-7]], [[1.01e-7]]])

@@ -25,6 +25,7 @@ def label_noise_sum(momentum: float) -> float:
     return gained if w2.item() ** 2 > np.sum(w1 * w1) else -gained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_label_noise_on_two_inputs(momentum: float):
     """The integral over 801 points of the path is the sum over all steps to within a percent."""
@@ -41,6 +42,7 @@ def test_a_scalar_network_keeps_what_label_noise_sees():
     assert "overlap" not in str(prediction)
 
 
+@pytest.mark.slow
 def test_batches_of_large_residuals_are_noted():
     """SGD itself: the prediction is off by many standard errors, and by the overlap."""
     rng = np.random.default_rng(0)

@@ -306,6 +306,7 @@ LABEL_NOISE = gf.Problem(gf.Regression.whitened(target=[[1.0]]), [gf.LabelNoise(
 SCALARS = gf.DeepLinear([np.array([[2.0]]), np.array([[0.1]])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem", "dynamics", "names"),
     [

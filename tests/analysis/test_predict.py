@@ -53,6 +53,7 @@ def test_svag_under_label_noise(amplification):
     assert found.imbalance_rate == pytest.approx(-np.log(1.0 - eta**2 * second) / eta, rel=1e-8)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("order", [1, 2])
 def test_stochastic_flows_under_label_noise(order):
     u, sharpness = minimum(0.0)
@@ -91,6 +92,7 @@ def test_heavy_ball_under_label_noise(beta):
     assert same.imbalance_rate == found.imbalance_rate
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("decay", "slower"), [("coupled", 1.0), ("decoupled", 0.5)])
 def test_heavy_ball_with_weight_decay(decay, slower):
     """Decoupled decay does not pass through the velocity, and pulls at P that much less."""
@@ -136,6 +138,7 @@ def test_half_lives_are_quadratures():
     assert "half-life" in text and "finite step" in text and f"{expected:.4g}" in text
 
 
+@pytest.mark.slow
 def test_where_training_is_after_any_number_of_steps():
     h = 0.4
     u, _ = minimum(h)
@@ -191,6 +194,7 @@ def test_what_is_neglected_is_of_the_size_of_the_relative_error():
     assert abs(change.mean() / expected - 1.0) < 3.0 * found.relative_error
 
 
+@pytest.mark.slow
 def test_label_noise_ends_at_equal_block_traces():
     """Widths 1-2-3, whitened: |W_2|^2 / |W_1|^2 -> d_2 / d_0 = 3, and D does not halve."""
     net = gf.init.gaussian([1, 2, 3], key=jax.random.key(0))
@@ -205,6 +209,7 @@ def test_label_noise_ends_at_equal_block_traces():
     assert math.isnan(found.half_life) and "never halves" in found.end_reason
 
 
+@pytest.mark.slow
 def test_weight_decay_ends_balanced():
     found = gf.predict(gf.Problem(DATA, [gf.WeightDecay(DECAY)]), NET, gf.GradientFlow())
     assert found.half_life == pytest.approx(np.log(2.0) / (2.0 * DECAY), rel=1e-6)
@@ -216,6 +221,7 @@ def test_weight_decay_ends_balanced():
     assert found.at(30.0).imbalance == pytest.approx(start * np.exp(-60.0 * DECAY), rel=1e-7)
 
 
+@pytest.mark.slow
 def test_noise_along_the_manifold_has_no_end():
     problem = gf.Problem(DATA, [gf.GradientNoise(0.1), gf.WeightDecay(DECAY)])
     found = gf.predict(problem, NET, gf.GradientDescent(H))
@@ -244,6 +250,7 @@ def test_without_regularizers_nothing_moves():
     assert math.isnan(found.half_life) and found.end is None
 
 
+@pytest.mark.slow
 def test_noise_inside_the_network():
     """Gaussian factors of variance a make the noise T^2 a x^4 of p; Bernoulli ones none at all.
 
@@ -312,6 +319,7 @@ def test_arguments_that_make_no_sense():
         gf.predict(NOISY, NET, 2.0)
 
 
+@pytest.mark.slow
 def test_training_that_noise_makes_unstable():
     """h lam below 2, but the rows of a batch differ so much that the variance grows."""
     x = np.array([[0.1], [0.1], [0.1], [2.0]])

@@ -46,6 +46,7 @@ def test_every_theory_has_its_own_optimization_rate():
     assert found.finite_step.optimization_rate == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_training_that_does_not_settle_has_no_rate():
     """The flattest minimum of diag(2, 1) has lambda_max = 4: h = 0.51 is beyond, 0.5 the edge."""
     data = gf.Regression.whitened([[2.0, 0.0], [0.0, 1.0]])
@@ -56,6 +57,7 @@ def test_training_that_does_not_settle_has_no_rate():
     assert "largest stable step size at this minimum is 0.5" in found.reason
 
 
+@pytest.mark.slow
 def test_mean_square_instability_names_the_largest_step():
     """Below the edge, but one row of four is far: the variance of the residual must not grow.
 
@@ -71,6 +73,7 @@ def test_mean_square_instability_names_the_largest_step():
     assert f"minimum is {largest:.3g}" in found.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("h", [0.33, 0.44])
 def test_data_that_are_fitted_exactly(h):
     """No noise at the minimum, but what there is grows: h_c = 2 S / (a Q) for batches of one row.
@@ -142,6 +145,7 @@ def test_the_largest_step_size_of_other_noise_and_of_none():
     assert math.isnan(gf.predict(NOISY, NET, gf.GradientFlow()).largest_step_size)
 
 
+@pytest.mark.slow
 def test_noise_that_is_zero_at_the_minimum_leaves_it_there():
     """The gradient of Bernoulli dropout vanishes at a scalar network's minimum."""
     found = gf.predict(gf.Problem(DATA, [gf.Dropout(0.01)]), NET, 0.1)
@@ -157,6 +161,7 @@ def test_a_flow_has_dashes_and_zeros():
     assert row(text, "loss floor") == ["0", "\u2013"]
 
 
+@pytest.mark.slow
 def test_numerical_zeros_are_zeros_and_digits_are_equal():
     text = str(gf.predict(gf.Problem(DATA, [gf.LabelNoise(0.1)]), NET, 0.2))
     assert row(text, "end point: imbalance D") == ["0", "0"]

@@ -97,6 +97,7 @@ def test_the_largest_decomposition_of_a_path_counts(function, operations):
     assert few == (PATHS if operations == 0 else max(min((POOLED - 1) // operations, PATHS), 1))
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("widths", [(1, 1, 1), (2, 3, 2)])
 def test_observables_of_an_ensemble(widths):
     weights = ensemble(*widths)
@@ -115,6 +116,7 @@ def test_observables_of_an_ensemble(widths):
         np.testing.assert_allclose(together["sharpness"][path], alone["sharpness"][0], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_velocities_of_a_slow_flow():
     weights = ensemble(2, 3, 2)
     problem = gf.Problem(gf.Regression.whitened(RNG.normal(size=(2, 2))), [gf.InputNoise(0.1)])

@@ -149,6 +149,7 @@ def test_several_studies_and_integrating_only(folder):
         assert json.loads((out / "spec.json").read_text())["seed"] == 3
 
 
+@pytest.mark.slow
 def test_a_figure_that_cannot_be_drawn_is_bad_input_but_loses_nothing(folder):
     text = GOOD.replace("t1 = 1.0", "t1 = 1.0\nstore_weights = false")
     (folder / "good.toml").write_text(text + '[[figure]]\nkind = "phase_portrait"\n')
@@ -226,6 +227,7 @@ def test_the_orders_table_in_the_help_is_valid(tmp_path):
     assert orders.first.step_size == orders.step_sizes[0]
 
 
+@pytest.mark.slow
 def test_predict(folder):
     """Weight decay under gradient flow: rate and half-life in closed form, balanced at the end."""
     second = RUN.replace('"flow"', '"noisy"').replace(

@@ -23,6 +23,7 @@ def cases() -> list[tuple[float, float, float]]:
     return found
 
 
+@pytest.mark.few_cases(20)
 @pytest.mark.parametrize("case", cases())
 def test_ratios(case: tuple[float, float, float]):
     mp.mp.dps = 40

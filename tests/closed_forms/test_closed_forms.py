@@ -33,6 +33,7 @@ PAIRS = [  # w1, w2, sxx, b
 ]
 
 
+@pytest.mark.few_cases(4)
 @extended
 @pytest.mark.parametrize("case", PAIRS)
 def test_scalar_pairs(case: tuple[float, ...]):
@@ -47,6 +48,7 @@ def test_scalar_pairs(case: tuple[float, ...]):
         assert_equal(evaluate("decaying channel", problem, layers, TIMES), expected)
 
 
+@pytest.mark.few_cases(1)
 @extended
 @pytest.mark.parametrize("decay", [None, 0.2])
 def test_any_hidden_width(decay: float | None):
@@ -75,6 +77,7 @@ CHAINS = [
 ]
 
 
+@pytest.mark.few_cases(2)
 @extended
 @pytest.mark.parametrize("case", CHAINS)
 def test_scalar_chains(case: tuple[tuple[float, ...], float, float]):
@@ -99,6 +102,7 @@ ALIGNED = [
 ]
 
 
+@pytest.mark.few_cases(1)
 @extended
 @pytest.mark.parametrize("case", ALIGNED)
 def test_aligned_modes(case: tuple):
@@ -113,6 +117,7 @@ def test_aligned_modes(case: tuple):
     assert_equal(evaluate("aligned pairs", problem, layers, TIMES), expected, 1e-13)
 
 
+@pytest.mark.slow
 @extended
 def test_aligned_modes_of_depth_three():
     modes = [(0.4, 0.9), (0.4, 0.2), (0.4, -0.5)]
@@ -122,6 +127,7 @@ def test_aligned_modes_of_depth_three():
     assert_equal(evaluate("aligned chains", problem, layers, TIMES), expected, 1e-13)
 
 
+@pytest.mark.few_cases(1)
 @extended
 @pytest.mark.parametrize(
     ("widths", "gamma", "c"),

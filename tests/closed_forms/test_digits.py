@@ -32,6 +32,7 @@ EXTREMES = [  # w1, w2, sxx, b
 MARKS = [1e-10, 1e-7, 1e-3, 0.5, 3.0, 20.0, 50.0, 300.0, 1000.0]
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("form", ["channel", "scalar chain"])
 def test_opposite_weights_decay_to_the_saddle(form: str):
     """On w2 = -w1 = y: y' = -(1 + y^2) y, solved by y^2 / (1 + y^2) = C e^{-2t}."""
@@ -118,6 +119,7 @@ def test_decaying_pairs(case: tuple[float, ...]):
             assert abs(mp.mpf(float(layer[k, 0, 0])) / value - 1) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "marks"),
     [  # growth 2bt of 2e4 to 4e5
@@ -133,6 +135,7 @@ def test_decaying_pairs_at_long_times(case: tuple[float, ...], marks: list[float
             assert abs(mp.mpf(float(layer[k, 0, 0])) / value - 1) < 1e-13
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("form", ["decaying channel", "aligned pairs"])
 @pytest.mark.parametrize("b", [1.0, -1.0])
 @pytest.mark.parametrize("decay", [1e-2, 1e-4, 1e-6, 1e-8])
@@ -162,6 +165,7 @@ def time_of(sigma: mp.mpf, depth: int, target: mp.mpf) -> mp.mpf:
     return mp.re(-(sigma ** (1 - m)) / ((m - 1) * target * depth) * series)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [3, 4])
 @pytest.mark.parametrize(("start", "target"), [(1e-12, 1.0), (0.3, 2.0), (30.0, 2.0)])
 def test_balanced_modes_reach_their_size_in_time(depth: int, start: float, target: float):

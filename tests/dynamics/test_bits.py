@@ -58,6 +58,7 @@ class Artificial:
         return ""
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("name", CASES)
 def test_neither_slices_nor_saved_times_change_a_bit(name, monkeypatch):
     check_cuts(name, monkeypatch)
@@ -92,6 +93,7 @@ def check_cuts(name, monkeypatch):
             np.testing.assert_array_equal(mine, all_[:, at], err_msg=f"save={save}, {amounts}")
 
 
+@pytest.mark.slow
 def test_what_a_chunk_holds_changes_rounding_at_most():
     problem, net, dynamics = CASES["order 1"]
     whole, parts = (

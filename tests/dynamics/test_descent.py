@@ -54,6 +54,7 @@ def every_step(problem: gf.Problem, dynamics: gf.AbstractDynamics, steps: int, *
     )
 
 
+@pytest.mark.few_cases(3)
 @pytest.mark.parametrize(
     ("momentum", "decay"), [(0.0, 0.0), (0.9, 0.0), (0.5, 0.0), (0.0, 0.2), (0.5, 0.2)]
 )
@@ -85,6 +86,7 @@ def label_noise_loop(layers, sxx, syx, samples_in_a_step, std, normals, step_siz
     return training.descend(layers, gradient, step_size, len(normals), momentum)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
 def test_label_noise_on_a_full_batch(momentum: float):
     run = every_step(
@@ -98,6 +100,7 @@ def test_label_noise_on_a_full_batch(momentum: float):
         reference.assert_close(actual, expected, reference.scale(*expected))
 
 
+@pytest.mark.slow
 def test_noisy_minibatches_with_weight_decay_and_momentum():
     input_std, label_std, decay, step_size, batch = 0.3, 0.7, 0.1, 0.05, 3
     problem = problem_of(
@@ -126,6 +129,7 @@ def test_noisy_minibatches_with_weight_decay_and_momentum():
         reference.assert_close([w[r] for w in run.weights], expected, reference.scale(*expected))
 
 
+@pytest.mark.slow
 def test_epochs_are_not_broken_by_blocks_of_noise():
     steps, batch = 600, 3  # blocks have at most 256 steps; an epoch has 2 and skips one row
     problem = problem_of(gf.Minibatch(batch, reshuffled=True))
@@ -154,6 +158,7 @@ def test_balancedness_moves_by_the_gram_difference_of_the_step():
     assert np.abs(moved).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_steps_that_are_too_long_for_some_replicas_leave_the_others_alone():
     """Curvature of scalar nets is w_1^2 + w_2^2: h = 0.1 is unstable beyond 20."""
     problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.1)])
@@ -225,6 +230,7 @@ def test_momentum_from_an_initial_velocity(nesterov: bool, decay: Any):
     reference.assert_close(run.weights, expected, reference.scale(*expected))
 
 
+@pytest.mark.slow
 def test_coupled_and_decoupled_decay_are_the_same_without_momentum():
     problem = problem_of(gf.WeightDecay(0.3), gf.LabelNoise(0.5))
     options = {"replicas": 4, "key": KEY}
@@ -295,6 +301,7 @@ def optax_loop(
 SCHEDULE = optax.exponential_decay(0.05, transition_steps=7, decay_rate=0.7)
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(
     ("step_size", "optimizer", "by_hand"),
     [
@@ -403,6 +410,7 @@ def test_other_numbers_do_not_trace_again():
 # Noise
 
 
+@pytest.mark.slow
 def test_anticorrelated_weight_noise_is_added_to_the_weights_and_taken_back():
     """W+ = W - h g(W) + xi_{k+1} - xi_k with the draw of step k as xi_{k+1} and xi_0 = 0."""
     std, h, rate, beta = 0.2, 0.05, 0.1, 0.4
@@ -431,6 +439,7 @@ def test_anticorrelated_weight_noise_is_added_to_the_weights_and_taken_back():
         reference.assert_close([w[r] for w in run.weights], expected, reference.scale(*expected))
 
 
+@pytest.mark.slow
 def test_noise_from_a_finer_brownian_path():
     """The noise of a step is the normalised sum of the normals of the grid steps inside it."""
     steps, fineness, h = 20, 4, 0.1
@@ -519,6 +528,7 @@ def test_refuses_what_does_not_fit_the_problem(dynamics: gf.GradientDescent, mes
         every_step(problem, dynamics, 3, key=KEY)
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(
     ("dynamics", "limit"),
     [

@@ -38,6 +38,7 @@ CHOICES = [
 ]
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(("problem", "net", "form"), CHOICES)
 def test_chooses_a_form_and_agrees_with_scipy(problem: gf.Problem, net: gf.DeepLinear, form: str):
     assert gf.ExactFlow().closed_form(problem, net) == form
@@ -59,6 +60,7 @@ def test_marks_do_not_change_the_answer():
         np.testing.assert_allclose(a[-1], b[-1], rtol=0.0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_replicas_share_a_form_and_run_from_their_own_starts():
     problem = white([[1.0]])
     nets = [scalar(2.0, -0.1), scalar(0.3, 0.4), scalar(1e10, 1e10)]
@@ -70,6 +72,7 @@ def test_replicas_share_a_form_and_run_from_their_own_starts():
             np.testing.assert_allclose(a[k], b, rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_form_can_be_asked_for():
     problem, net = white([[1.0]]), scalar(2.0, -0.1)
     runs = [

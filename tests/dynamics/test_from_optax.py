@@ -82,6 +82,7 @@ OPTIMIZERS -= {"noisy_sgd"}  # noise of its own, the same for every replica
 OPTIMIZERS |= {"scale_by_learning_rate"}
 
 
+@pytest.mark.few_cases(36)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_of_optax_is_an_optimizer_a_schedule_or_refused(name):
@@ -132,6 +133,7 @@ def test_polyak_steps_by_hand():
         w = w - min(0.5 * residual**2 / (g @ g), 1.0) * g
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     "regularizers",
     [
@@ -177,6 +179,7 @@ LBFGS = gf.GradientDescent(1.0, optimizer=gf.FromOptax("lbfgs"))
 SAMPLE = gf.Regression.from_samples(np.linspace(0.5, 2.0, 4)[:, None], np.linspace(0.5, 2.0, 4))
 
 
+@pytest.mark.slow
 def test_lbfgs_converges_and_needs_a_loss():
     assert gf.simulate(PROBLEM, NET, LBFGS, steps=30, save=2)["loss"][-1] < 1e-20
     population = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.InputNoise(0.1)])

@@ -44,6 +44,7 @@ def tight_run(widths: tuple[int, ...]) -> gf.Trajectory:
     )
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("widths", SHAPES)
 def test_agrees_with_scipy(widths: tuple[int, ...]):
     run = tight_run(widths)
@@ -60,6 +61,7 @@ def test_conserves_every_balancedness(widths: tuple[int, ...]):
         np.testing.assert_allclose(g, np.broadcast_to(g[0], g.shape), rtol=0.0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_conservative_flow_conserves_to_rounding_and_agrees():
     widths = SHAPES[2]
     dynamics = gf.GradientFlow(rtol=1e-9, atol=1e-11, conservative=True)
@@ -165,6 +167,7 @@ def test_input_noise_conserves_balancedness_and_adds_to_the_input_moment():
         np.testing.assert_allclose(actual, layer, rtol=0.0, atol=1e-8)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     "solver",
     [diffrax.Tsit5(), diffrax.Kvaerno3(), diffrax.KenCarp4()],
@@ -210,6 +213,7 @@ def evaluations(dynamics: gf.GradientFlow, net: gf.DeepLinear, save: int) -> tup
     return Counter.calls, run
 
 
+@pytest.mark.slow
 def test_saving_costs_few_steps():
     dynamics = gf.GradientFlow(rtol=1e-8, atol=1e-10)
     net = scalar_network(20.0, 0.1)
@@ -232,6 +236,7 @@ def test_saving_costs_few_steps():
     assert many - few <= 40 * (stages + 3)  # one cut step and three evaluations a saved time
 
 
+@pytest.mark.slow
 def test_stiff_starts_take_an_implicit_solver():
     net = scalar_network(100.0, 1e-3)
     tolerances = {"rtol": 1e-7, "atol": 1e-9}
@@ -246,6 +251,7 @@ def test_stiff_starts_take_an_implicit_solver():
         np.testing.assert_allclose(actual[-1], layer[-1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_start_that_overflows_is_given_up_and_leaves_the_others_alone():
     tame, wild = scalar_network(2.0, -0.1), scalar_network(1e150, 1e150)
     dynamics = gf.GradientFlow(rtol=1e-10, atol=1e-12)
@@ -288,6 +294,7 @@ def test_refuses_settings_that_make_no_sense(arguments: dict, error: type, messa
         gf.GradientFlow(**arguments)
 
 
+@pytest.mark.slow
 def test_implicit_solvers_keep_a_root_finder_that_was_chosen():
     chosen = diffrax.Kvaerno5(root_finder=diffrax.VeryChord(rtol=1e-9, atol=1e-9))
     assert gf.GradientFlow(solver=chosen).solver is chosen

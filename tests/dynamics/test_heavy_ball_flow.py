@@ -103,6 +103,7 @@ def matched_velocity(
     return (kick - g) / (1 + beta) - pull
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("decay", ["coupled", "decoupled"])
 def test_against_scipy(decay: Any):
     h, beta = 0.1, 0.6
@@ -118,6 +119,7 @@ def exponents(errors: list[float]) -> np.ndarray:
     return np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
 
 
+@pytest.mark.few_cases(3)
 @pytest.mark.parametrize("decay", ["coupled", "decoupled"])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 @pytest.mark.parametrize("kicked", [False, True], ids=["rest", "kicked"])
@@ -173,6 +175,7 @@ def states_of(dynamics: gf.dynamics.HeavyBallFlow, times: np.ndarray, rate: floa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["coupled", "decoupled"])
 def test_noether_charge_decays_by_friction_alone(decay: Any):
     h, beta, times = 0.2, 0.8, np.linspace(0.0, 2.0, 11)
@@ -186,6 +189,7 @@ def test_noether_charge_decays_by_friction_alone(decay: Any):
         np.testing.assert_allclose(j, decayed[:, None, None] * j[0], rtol=0.0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_balancedness_oscillates_as_theory_says():
     """m G'' + (1 - beta) G' + 2 lam G = 2 m (V_{i+1}^T V_{i+1} - V_i V_i^T)."""
     h, beta, dt = 0.3, 0.7, 0.02
@@ -208,6 +212,7 @@ def test_the_balancedness_oscillates_as_theory_says():
         assert np.abs(source).max() > 0.1
 
 
+@pytest.mark.slow
 def test_noise_enters_through_the_averaged_loss():
     sxx, syx = moments()
     noisy = gf.simulate(

@@ -100,6 +100,7 @@ def test_leaving_a_saddle_takes_its_time(start: float):
     np.testing.assert_allclose(end(run, "end_to_end"), 0.5, rtol=1e-6)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     "flow",
     [
@@ -129,6 +130,7 @@ def test_depth_three_leaves_its_saddle_in_time():
     np.testing.assert_allclose(end(run, "end_to_end"), stop**3, rtol=1e-8 * stop / start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [2, 31])
 def test_the_stages_of_a_matrix_come_in_time(save: int):
     check_stages(gf.GradientFlow(), np.array([2.0, 1.0]), save)
@@ -210,6 +212,7 @@ def test_an_explosion_is_no_kink():
     assert not run.incomplete
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("keep", ["paths", "statistics"])
 def test_a_step_limit_is_no_divergence(keep: Any, monkeypatch: pytest.MonkeyPatch):
     """With a limit of 500 steps a stiff flow with a slow drift is given up, and says so."""
@@ -242,6 +245,7 @@ def test_a_step_limit_is_no_divergence(keep: Any, monkeypatch: pytest.MonkeyPatc
 # Slow drifts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [2, 5])
 def test_a_drift_of_a_hundred_million_units_of_time_is_followed(save: int):
     """Weight decay of rate r has D(t) = D(0) exp(-2 r t); explicit steps would be 10^8."""
@@ -251,6 +255,7 @@ def test_a_drift_of_a_hundred_million_units_of_time_is_followed(save: int):
     np.testing.assert_allclose(run["imbalance"], 3.99 * np.exp(-2e-8 * run.time), rtol=1e-6)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     "dynamics",
     [gf.GradientFlow(), gf.HeavyBallFlow(0.01, 0.5), gf.ModifiedFlow(0.01)],
@@ -328,6 +333,7 @@ def test_the_host_is_asked_often():
     assert times[-1] > 0.0
 
 
+@pytest.mark.slow
 def test_a_large_start_of_the_principal_flow_ends():
     """From (0, 1e8) gradient descent multiplies its error by 1 - h lam = -1e15: it diverges."""
     with warnings.catch_warnings():

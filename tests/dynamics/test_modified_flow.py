@@ -59,6 +59,7 @@ def along(
     return 2.0 * coefficients[2] if degree >= 2 else np.zeros(values[0].shape)
 
 
+@pytest.mark.few_cases(4)
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("widths", SHAPES)
 def test_the_drift_is_the_series_of_backward_error_analysis(widths: tuple[int, ...], decay: float):
@@ -99,6 +100,7 @@ def test_the_balancedness_moves_by_h_times_that_of_the_gradient(widths: tuple[in
     reference.assert_close([q + q.T for q in halves], expected, size)
 
 
+@pytest.mark.slow
 def test_tracks_gradient_descent_to_its_order():
     """The distance to gradient descent at t = 1 falls as h, h^2 and h^3."""
     widths, steps, t1 = (3, 2, 1, 2), np.array([0.04, 0.02, 0.01]), 1.0
@@ -212,6 +214,7 @@ def test_noise_inside_the_network_enters_the_mean_over_an_epoch():
     assert np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(3.0, abs=0.15)
 
 
+@pytest.mark.slow
 def test_both_routes_to_the_spread_over_rows_agree():
     """Without strength, noise inside the network changes nothing but the route."""
     widths = (2, 3, 2)

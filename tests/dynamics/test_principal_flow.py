@@ -32,6 +32,7 @@ def test_the_factor_is_finite_where_a_mode_dies_in_one_step():
     assert complex(found) == pytest.approx(np.log(np.finfo(float).eps))
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("decay", [0.0, 0.4])
 def test_passes_through_every_iterate_on_a_quadratic_loss(decay: float):
     """One layer: W_k = W* + (W_0 - W*)(I - h S)^k, h lambda = 0, .3, 1, 1.5, 2 and 2.5.
@@ -74,6 +75,7 @@ def _layers(arrays: list[np.ndarray]) -> tuple[jnp.ndarray, ...]:
     return tuple(jnp.asarray(a) for a in arrays)
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("widths", [(3, 2), (2, 3, 2), (3, 2, 4, 1), (2, 3, 1, 3, 2)])
 def test_the_direction_in_complex_weights(widths: tuple[int, ...]):
     """Hessian at the real part, gradient continued: both in NumPy, in complex arithmetic."""
@@ -124,6 +126,7 @@ def test_is_the_modified_flow_to_its_order():
         assert slope == pytest.approx(order, abs=0.1)
 
 
+@pytest.mark.slow
 def test_tracks_oscillation_that_other_flows_cannot():
     """Scalar depth 2 near its minimum with h lambda = 1.5: gradient descent steps over it."""
     h, steps = 0.75, 6

@@ -114,6 +114,7 @@ ALL = list(
 )
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("noise", "kind", "momentum", "h_lam"), QUICK)
 def test_it_is_where_sgd_is(noise, kind, momentum, h_lam):
     layers = network(kind)
@@ -132,6 +133,7 @@ def test_it_is_where_sgd_is_for_every_noise(noise, kind, momentum, h_lam):
     assert moved > 20.0 * error
 
 
+@pytest.mark.slow
 def test_the_classical_limit_is_not():
     """The same comparison tells the finite step from h -> 0: it is no empty test."""
     layers = network(("scalar", 3))

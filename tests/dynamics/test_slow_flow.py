@@ -37,6 +37,7 @@ def run(problem, net, dynamics, t1, save=9, **options):
 # Closed forms
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("finite_step", "momentum"), [(True, 0.0), (True, 0.9), (False, 0.9)])
 def test_scalar_depth_two_follows_its_closed_form(finite_step, momentum):
     """du/dt = -h v u 2(1+b)/((1-b)^2 (2(1+b) - h lam(u))), lam = sqrt(u^2 + 4), by SciPy."""
@@ -55,6 +56,7 @@ def test_scalar_depth_two_follows_its_closed_form(finite_step, momentum):
     np.testing.assert_allclose(got["end_to_end"], 1.0, rtol=0.0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_scalar_chains_follow_theirs_in_the_classical_limit():
     """a_i' = T^2 (1/a_i - sum a^-2 / sum a^-1) in the time h v t."""
     h, v, target = 0.1, 0.25, 1.7
@@ -71,6 +73,7 @@ def test_scalar_chains_follow_theirs_in_the_classical_limit():
     np.testing.assert_allclose(got["squared_norms"], a, rtol=0.0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_whitened_square_depth_two_decays_exponentially():
     """G = G_0 exp(-d c h s^2 t / n) in the classical limit, whatever the target."""
     rng = np.random.default_rng(1)
@@ -108,6 +111,7 @@ def test_label_noise_ends_where_block_traces_are_equal():
     np.testing.assert_allclose(got["end_to_end"][-1], got["end_to_end"][0], rtol=0.0, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("momentum", "decay", "factor"),
     [(0.75, "coupled", 4.0), (0.75, "decoupled", 1.0)],
@@ -129,6 +133,7 @@ def test_weight_decay_shrinks_the_balancedness(momentum, decay, factor):
 # Where it starts
 
 
+@pytest.mark.slow
 def test_it_starts_where_heavy_ball_descent_arrives():
     rng = np.random.default_rng(4)
     x, y = rng.standard_normal((20, 2)), rng.standard_normal((20, 2))
@@ -150,6 +155,7 @@ def test_it_starts_where_heavy_ball_descent_arrives():
     np.testing.assert_allclose(g[0], reference.balancedness(layers)[0], rtol=0.0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_replicas_and_several_starts_are_single_runs_side_by_side():
     nets = [CHAIN, gf.DeepLinear([[[0.4]], [[2.0]]]), CHAIN]
     dynamics = SlowFlow(0.3)
@@ -167,6 +173,7 @@ def test_length_in_steps_is_flow_time():
     assert by_steps.time[-1] == pytest.approx(10.0)
 
 
+@pytest.mark.slow
 def test_a_start_beyond_the_edge_of_stability_is_an_error():
     lam = 1.5**2 + 1.5**-2
     with pytest.raises(ValueError, match=r"h lam_max = 2\.2.*edge of stability at 2.*0\.7423"):
@@ -181,6 +188,7 @@ def test_a_start_beyond_the_edge_of_stability_is_an_error():
     run(label(), CHAIN, SlowFlow(2.2 / lam, finite_step=False), 1.0)
 
 
+@pytest.mark.slow
 def test_noise_that_grows_with_its_fluctuation_ends_the_theory_earlier():
     """Online SGD, batch 1, x ~ N(0, 1): r -> r (1 - h lam x^2), stable for 3 h lam < 2 only."""
     data = gf.Regression.from_moments([[1.0]], [[1.0]], [[1.0]])
@@ -200,6 +208,7 @@ def fitted(x, target):
     return gf.Problem(data, [gf.Minibatch(1, replacement=True)]), net
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     ("x", "target", "limit"),
     [([0.5, 1.0, 1.5, 2.0], 1.0, "0.339"), ([0.3, 0.8, 1.1, 1.9], 1.2, "0.3101")],
@@ -218,6 +227,7 @@ def test_stability_needs_no_noise_to_show(x, target, limit):
         run(problem, net, SlowFlow(0.97 * largest), 1.0)
 
 
+@pytest.mark.slow
 def test_starts_that_reach_no_minimum_are_errors():
     with pytest.raises(ValueError, match=r"optimization phase.*plateau"):
         run(label(), gf.DeepLinear([[[0.0]], [[0.0]]]), SlowFlow(0.1), 1.0)
@@ -248,6 +258,7 @@ def sharpening():
     return gf.Problem(data, [gf.WeightDecay(0.1)]), gf.DeepLinear(layers), min(lams), end
 
 
+@pytest.mark.slow
 def test_a_path_that_gets_to_the_edge_stops_there_and_says_so():
     problem, net, low, high = sharpening()
     assert high > 1.1 * low
@@ -313,6 +324,7 @@ def test_reshuffled_batches_are_refused():
         run(problem, CHAIN, SlowFlow(0.1), 1.0)
 
 
+@pytest.mark.slow
 def test_observables_are_those_of_the_training_it_describes():
     """Floor h v lam (1 + b) / (2 (1 - b) (2 (1 + b) - h lam)); dD/dt as along the run."""
     h, v, momentum = 0.5, 0.25, 0.5
@@ -337,6 +349,7 @@ def gradient_noise(widths, std=0.1, seed=6):
     return gf.Problem(data, [gf.GradientNoise(std)]), gf.DeepLinear(layers)
 
 
+@pytest.mark.slow
 def test_when_a_random_run_is_saved_changes_no_bit_of_it():
     problem, net = gradient_noise((1, 1, 1))
     options = {"replicas": 3, "key": jax.random.key(7)}
@@ -350,6 +363,7 @@ def test_when_a_random_run_is_saved_changes_no_bit_of_it():
     np.testing.assert_allclose(often["end_to_end"], float(net.end_to_end[0, 0]), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_points_within_a_cell_lie_on_one_brownian_path():
     """Over a fraction f of a cell, steps from its start have the variance f and covariance min."""
     problem, net = gradient_noise((1, 1, 1), std=0.01)
@@ -366,6 +380,7 @@ def test_points_within_a_cell_lie_on_one_brownian_path():
     assert np.all(np.abs(c / c[2, 2] - expected) < 4.0 * error + 1e-12)
 
 
+@pytest.mark.slow
 def test_gradient_noise_drives_tr_g_and_spreads_it():
     """E dG_i/dt = h v (d_{i+1} - d_{i-1}) I on the manifold in the classical limit."""
     problem, net = gradient_noise((1, 2, 3), std=np.sqrt(0.05))
@@ -379,6 +394,7 @@ def test_gradient_noise_drives_tr_g_and_spreads_it():
     assert abs(moved.mean() - expected) < 3.0 * error
 
 
+@pytest.mark.slow
 def test_scalar_gradient_noise_is_the_diffusion_of_its_imbalance():
     """du = 2 sqrt(h v) (u^2 + 4 T^2)^(1/4) dB: variance against a fine NumPy simulation."""
     problem, net = gradient_noise((1, 1, 1), std=0.2)
@@ -400,6 +416,7 @@ def test_scalar_gradient_noise_is_the_diffusion_of_its_imbalance():
     assert u[:, 1].var() / x.var() == pytest.approx(1.0, abs=3.0 * np.sqrt(2.0 / paths))
 
 
+@pytest.mark.slow
 def test_random_motion_needs_a_key_and_has_the_drift_of_its_mean():
     problem, net = gradient_noise((1, 2, 3))
     dynamics = SlowFlow(0.2)

@@ -21,6 +21,7 @@ PROBLEM = gf.Problem(gf.Regression.whitened([[1.0, -0.5]]), [gf.InputNoise(0.2)]
 FLOWS = [gf.GradientFlow(), gf.HeavyBallFlow(0.1, 0.5)]
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("flow", FLOWS, ids=lambda f: type(f).__name__)
 def test_gives_the_weights_of_simulate(flow: gf.AbstractDynamics):
     run = gf.simulate(PROBLEM, NET, flow, t1=TIMES[-1], save=TIMES, observables=["loss"])
@@ -32,6 +33,7 @@ def test_gives_the_weights_of_simulate(flow: gf.AbstractDynamics):
     np.testing.assert_allclose(of_list[0], saved[0], rtol=0.0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_program():
     scales = jnp.array([0.5, 1.0, 2.0])
 
@@ -70,6 +72,7 @@ def test_can_be_differentiated():
     np.testing.assert_allclose(slope, difference, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_reached_is_nan():
     net = gf.DeepLinear([[[1e200]], [[1e200]]])
     problem = gf.Problem(gf.Regression.whitened([[1.0]]))
@@ -78,6 +81,7 @@ def test_what_cannot_be_reached_is_nan():
     assert np.isnan(first[1:]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", FLOWS, ids=lambda f: type(f).__name__)
 def test_a_time_may_come_twice(flow: gf.AbstractDynamics):
     """The weights stay where they are, and later ones do not notice but in how steps are cut."""
@@ -88,6 +92,7 @@ def test_a_time_may_come_twice(flow: gf.AbstractDynamics):
         np.testing.assert_allclose(b[::2], a, rtol=0.0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_time_that_is_reached_costs_nothing():
     """Of a field that says when it is evaluated; the velocities of a slow flow take seconds."""
     seen: list[float] = []
@@ -112,6 +117,7 @@ def test_a_time_that_is_reached_costs_nothing():
     assert 0.69 < max(seen) < 0.7 + 1e-12
 
 
+@pytest.mark.slow
 def test_the_derivative_by_a_saved_time_is_the_velocity():
     flow = gf.GradientFlow(1e-11, 1e-13)
     stop = jnp.array(0.7)
@@ -127,6 +133,7 @@ def test_the_derivative_by_a_saved_time_is_the_velocity():
     np.testing.assert_allclose(velocity[1], -m @ w1.T, rtol=0.0, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, MANY], ids=["as one vector", "in parts"])
 @pytest.mark.parametrize("solver", [gf.solvers.DormandPrince853(), diffrax.Tsit5()])
 def test_a_field_that_depends_on_time_is_integrated_over_the_time_asked_for(size, solver):
@@ -159,6 +166,7 @@ def test_a_field_that_depends_on_time_is_integrated_over_the_time_asked_for(size
     assert np.all((0.5 * before < memory.planned) & (memory.planned < 3.0 * before))
 
 
+@pytest.mark.few_cases(3)
 @pytest.mark.parametrize(
     ("times", "message"),
     [

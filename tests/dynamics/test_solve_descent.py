@@ -34,6 +34,7 @@ CASES = {
 }
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("case", CASES)
 def test_is_the_first_replica_of_simulate(case: str):
     """The same random numbers and formulas; the two programs may round the last digit apart."""
@@ -54,6 +55,7 @@ def test_times_are_rounded_to_steps():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_derivatives_of_every_mode_and_order():
     r"""One layer, one number: $w_k = T + (1 - h)^k (w_0 - T)$."""
     k = 6

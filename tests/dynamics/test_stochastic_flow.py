@@ -64,6 +64,7 @@ def test_without_noise_it_is_the_euler_method(decay: float):
     reference.assert_close(run.weights, expected, reference.scale(*expected))
 
 
+@pytest.mark.slow
 def test_euler_maruyama_with_the_same_normals():
     """dW = -pull_back(M dt + sqrt(h dt) Z) - lambda W dt, Z of labels and batch averaged over b."""
     h, substeps, std, batch, decay, steps = 0.1, 4, 0.7, 2, 0.2, 70
@@ -117,6 +118,7 @@ def scalar_log_ratio(substeps: int, replicas: int) -> np.ndarray:
     return np.log(u / 3.75) / (-h * std**2 * t1)
 
 
+@pytest.mark.slow
 def test_label_noise_makes_the_imbalance_decay_almost_deterministically():
     """u(t) = u(0) exp(-h s^2 t) (theory section 6).
 
@@ -188,6 +190,7 @@ def noise_power(
     return powers
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("regularizer", [gf.LabelNoise(0.8), gf.InputNoise(0.6), gf.Minibatch(2)])
 @pytest.mark.parametrize("kind", [gf.GradientDescent, gf.StochasticFlow])
 def test_the_imbalance_drifts_by_the_power_of_the_noise(
@@ -331,6 +334,7 @@ def normals_of(problem: gf.Problem, stream: Stream) -> tuple:
     return problem.draw_normals(stream, WIDTHS)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("diffusion", ["closed", "sampled"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_each_step_with_the_same_random_numbers(order: int, diffusion: str):
@@ -408,6 +412,7 @@ def test_the_generator_moves_the_balancedness_as_a_step_of_sgd_does():
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11 * reference.scale(w))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, 2])
 def test_weak_order_on_a_common_brownian_path(order: int):
     """E p, E p^2 and E u at t = 1 differ from those of SGD by O(h^order) (theory section 6).
@@ -449,6 +454,7 @@ def test_weak_order_on_a_common_brownian_path(order: int):
 # Sampled increments
 
 
+@pytest.mark.slow
 def test_noise_inside_the_network_is_sampled_and_says_so():
     """One grid step under dropout: mean and covariance by enumeration of the masks."""
     h, keep, replicas = 0.1, 0.6, 4000
@@ -538,6 +544,7 @@ def test_the_correction_from_ito_to_stratonovich():
     reference.assert_close(found, expected, reference.scale(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [diffrax.Heun(), diffrax.SPaRK()])
 def test_stratonovich_solvers_let_the_imbalance_decay(solver: diffrax.AbstractSolver):
     """u(t) = u(0) exp(-h s^2 t) on every path (theory section 6): an independent check.
@@ -605,6 +612,7 @@ def test_the_curvature_of_a_penalty_counts():
         gf.simulate(problem, net, gf.StochasticFlow(0.1, substeps=2), **fixed)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("solver", [None, diffrax.Midpoint()])
 def test_without_noise_every_solver_follows_the_modified_flow(
     solver: diffrax.AbstractSolver | None,

@@ -53,6 +53,7 @@ def batch_gradient(weights: reference.Layers, rows: Any) -> list[np.ndarray]:
     return [g + 0.1 * w for g, w in zip(clean, weights, strict=True)]
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("problem", [MINIBATCH, LABEL], ids=["rows", "normals"])
 def test_amplification_one_is_sgd_bit_for_bit(problem: gf.Problem):
     ours = run(problem, SVAG(H, 1))
@@ -62,6 +63,7 @@ def test_amplification_one_is_sgd_bit_for_bit(problem: gf.Problem):
     np.testing.assert_array_equal(ours.time, sgd.time)
 
 
+@pytest.mark.slow
 def test_two_draws_combined():
     amplification, steps = 3, 4
     found = run(MINIBATCH, SVAG(H, amplification), steps=steps, save=steps + 1)
@@ -86,6 +88,7 @@ def test_two_draws_combined():
         reference.assert_close([w[r] for w in found.weights], expected, reference.scale(*expected))
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("amplification", "path_substeps"), [(2, None), (2, 6), (1, 3)])
 def test_gaussian_noise_follows_the_brownian_path(amplification: int, path_substeps: int | None):
     steps, std = 5, 0.8
@@ -110,6 +113,7 @@ def test_gaussian_noise_follows_the_brownian_path(amplification: int, path_subst
         reference.assert_close([w[r] for w in found.weights], expected, reference.scale(*expected))
 
 
+@pytest.mark.slow
 def test_with_gaussian_noise_it_is_the_sde_on_as_many_substeps():
     """h/l (grad + sqrt(l) B zeta) is the Euler-Maruyama step: grad dt + sqrt(h dt) B zeta."""
     ours = run(LABEL, SVAG(H, 4))
@@ -137,6 +141,7 @@ def first_substeps(problem: gf.Problem, amplification: int, paths: int) -> np.nd
     return np.concatenate([m.reshape(-1, paths) for m in moved]).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amplification", [2, 8])
 def test_mean_and_covariance_of_a_substep(amplification: int):
     """Mean -(h/l) grad and covariance (h^2/l) Sigma: h^2 Sigma in the l substeps of time h.

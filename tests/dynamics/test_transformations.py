@@ -102,6 +102,7 @@ def _of_all_fields(problem: gf.Problem) -> Scalar:
     )
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("name", DATA)
 def test_data_of_a_traced_number_have_its_derivative(name: str):
     """Beside differences of data built of numbers, in NumPy."""
@@ -173,11 +174,13 @@ def differences() -> tuple[np.ndarray, np.ndarray]:
     return np.array(slope), np.array(curvature)
 
 
+@pytest.mark.slow
 def test_a_flow_is_differentiated_forwards_by_start_and_target(differences):
     slope = jax.jit(jax.jacfwd(lambda at: _flowed(at, None)))(AT)
     np.testing.assert_allclose(slope, differences[0], rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inner", [jax.jacrev, pytest.param(jax.jacfwd, marks=pytest.mark.slow)], ids=["rev", "fwd"]
 )

@@ -29,6 +29,7 @@ def ended(dynamics):
     return [np.asarray(w) for w in run.weights]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamics", DYNAMICS, ids=["descent", "svag", "flow"])
 def test_a_turn_of_many_steps_takes_the_same_steps(dynamics, monkeypatch):
     two = ended(dynamics)

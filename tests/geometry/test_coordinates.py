@@ -22,6 +22,7 @@ def unflatten(flat, layers):
     return [v.reshape(w.shape) for v, w in zip(np.split(flat, ends), layers, strict=True)]
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("widths", [(2, 3, 2), (3, 2), (1, 3, 2, 2), (3, 1, 2)])
 def test_round_trip(widths):
     rng = np.random.default_rng(0)
@@ -93,6 +94,7 @@ def coordinates_of(flat, layers):
     return np.concatenate([v.ravel() for v in pieces])
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("widths", "limit"), [((2, 4, 3), 300), ((2, 2, 3, 1), 0)])
 def test_steps_are_those_of_gauss_newton(widths, limit, monkeypatch):
     """NumPy's pseudo-inverse; beyond the limit the steps are solved for iteratively."""

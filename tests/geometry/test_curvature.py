@@ -45,6 +45,7 @@ def test_traces_and_sharpness(case):
     assert_close([sharpness(net, data)], [np.linalg.eigvalsh((full + full.T) / 2)[-1]], size)
 
 
+@pytest.mark.slow
 @given(cases())
 def test_spectrum_at_a_minimum(case):
     net, data = case
@@ -119,6 +120,7 @@ block_traces = compiled(gf.hessian_block_traces)
 ends = compiled(extreme_eigenvalues)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("name", CASES)
 def test_curvature_of_the_averaged_loss(name):
     """Every regularizer and combination: traces of the blocks and both ends of the spectrum."""
@@ -193,6 +195,7 @@ def large_cases() -> dict[str, tuple[gf.DeepLinear, gf.Regression]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", large_cases())
 def test_ends_of_a_large_spectrum(name):
     """Lanczos against the dense decomposition, multiplicities counted."""
@@ -207,6 +210,7 @@ def test_ends_of_a_large_spectrum(name):
     np.testing.assert_allclose(found.smallest, values[:3], rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 def test_ends_of_a_large_spectrum_with_noise_inside():
     net = network((16, 16, 2))
     problem = gf.Problem(samples((16, 2), 30), [Dropout(0.2), gf.WeightDecay(0.1)])
@@ -217,6 +221,7 @@ def test_ends_of_a_large_spectrum_with_noise_inside():
     np.testing.assert_allclose(found.smallest, values[:1], rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 def test_sharpness_of_an_ensemble():
     """Mapped and compiled, paths that converge at different times and one that has diverged."""
     data = samples(LARGE, 30)
@@ -234,6 +239,7 @@ def test_sharpness_of_an_ensemble():
     assert np.isnan(found[3])
 
 
+@pytest.mark.slow
 def test_gradient_of_the_sharpness():
     """Against differences of a dense decomposition, of fourth order."""
     net, data = network(LARGE), samples(LARGE, 30)
@@ -269,6 +275,7 @@ def test_more_eigenvalues_than_parameters(k):
 # The kernel at minima.
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("widths", [(3, 2), (4, 3, 2), (2, 3, 2, 3)])
 @pytest.mark.parametrize("kind", ["regular", "singular", "noisy"])
 def test_spectrum_at_a_minimum_of_a_problem(widths, kind):
@@ -307,6 +314,7 @@ def test_spectrum_at_minima_needs_the_minima_of_the_data():
         gf.minima_spectrum(net, problem)
 
 
+@pytest.mark.few_cases(4)
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

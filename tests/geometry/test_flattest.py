@@ -101,6 +101,7 @@ def end_to_end_kernel(layers, root):
     return kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("widths", "s_and_t"),
     [

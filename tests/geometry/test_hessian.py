@@ -36,6 +36,7 @@ def test_matrix_of_the_loss(case):
     assert_close([matrix_of(net, data)], [full], scale(net.weights, [full]))
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("name", CASES)
 def test_hessian_of_the_averaged_loss(name):
     net, problem = case(name)

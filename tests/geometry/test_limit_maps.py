@@ -76,6 +76,7 @@ def gf_flow(net, data):
     return limit_maps.flow_projection(net, data)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("widths", "rows"), [((2, 3, 2), 5), ((3, 2, 4, 2), 2), ((2, 1, 3), 4)])
 def test_limit_of_gradient_flow(widths, rows):
     """Against SciPy, with singular covariance and with a bottleneck just wide enough."""
@@ -96,6 +97,7 @@ def test_limit_of_gradient_flow(widths, rows):
     reference.assert_close(after, before, reference.scale(layers), 1e-11)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("h", "beta"), [(0.1, None), (0.05, 0.6)])
 def test_limit_of_descent(h, beta):
     rng = np.random.default_rng(2)
@@ -195,6 +197,7 @@ def map_and_step(request, minimum, maps):
     return (maps[0], h) if h == 0.0 else (lambda points: maps[1](points, h), h)
 
 
+@pytest.mark.slow
 def test_first_derivative_is_the_tangent_projector(map_and_step, minimum):
     call, _ = map_and_step
     rng = np.random.default_rng(4)
@@ -211,6 +214,7 @@ def close(got, expected):
     assert np.abs(expected).max() > 0.005  # the identity says something
 
 
+@pytest.mark.few_cases(8)
 @pytest.mark.parametrize(("a", "b"), [(3, 3), (0, 3), (1, 2)])
 def test_second_derivative_across_the_manifold(map_and_step, minimum, a, b):
     call, h = map_and_step
@@ -222,6 +226,7 @@ def test_second_derivative_across_the_manifold(map_and_step, minimum, a, b):
     close(minimum.tangent(got), expected)
 
 
+@pytest.mark.few_cases(5)
 @pytest.mark.parametrize(("t", "b"), [(0, 0), (2, 3)])
 def test_second_derivative_of_one_tangent(map_and_step, minimum, t, b):
     call, _ = map_and_step
@@ -240,6 +245,7 @@ def test_second_derivative_of_two_tangents(map_and_step, minimum, t, q):
     close(got, expected)
 
 
+@pytest.mark.slow
 def test_second_derivative_of_a_kick_of_the_heavy_ball(minimum):
     """The noise of one step enters the weights and the velocity: (W, V) = (-h e, -h e)."""
     beta, rest = 0.6, minimum.layers
@@ -298,6 +304,7 @@ def test_slow_descent_is_unfinished():
     )
 
 
+@pytest.mark.slow
 def test_paths_of_an_ensemble_end_each_for_itself():
     loss = output_loss(gf.Regression.whitened([[1.0]]))
     starts = [(1.0, 0.5), (1.0, -1.0), (2.0, 0.1)]
@@ -312,6 +319,7 @@ def test_paths_of_an_ensemble_end_each_for_itself():
         )
 
 
+@pytest.mark.few_cases(4)
 @pytest.mark.parametrize(
     ("layers", "target", "step_size", "message"),
     [

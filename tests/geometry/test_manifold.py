@@ -52,6 +52,7 @@ def misfit(layers, s, target):
     return ((reference.end_to_end(layers) - target) @ root_of(s)).ravel()
 
 
+@pytest.mark.few_cases(4)
 @pytest.mark.parametrize(("widths", "rank"), SHAPES)
 def test_tangent_is_the_projection_on_the_kernel(widths, rank):
     rng = np.random.default_rng(0)
@@ -64,6 +65,7 @@ def test_tangent_is_the_projection_on_the_kernel(widths, rank):
     np.testing.assert_allclose(reference.flatten(as_numpy(got)), expected, atol=1e-12)
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(("widths", "rank"), SHAPES)
 def test_retraction_follows_gauss_newton_steps_to_rounding(widths, rank):
     rng = np.random.default_rng(1)
@@ -108,6 +110,7 @@ def test_noise_on_the_inputs_moves_the_manifold():
     np.testing.assert_allclose(p, y @ np.linalg.inv(s + 0.36 * np.eye(2)), atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("widths", "rank"), [((4, 3, 5, 2), 2), ((3, 1, 2), 3), ((3, 4, 4), 2)])
 def test_large_problems_get_the_same_tangents_and_retractions(widths, rank, monkeypatch):
     """The iterative pseudo-inverse against the decomposed one, rank-deficient K included."""
@@ -176,6 +179,7 @@ ranks = eqx.filter_jit(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", [(2, 2, 2), (3, 2, 3), (2, 3, 1), (2, 2, 2, 2), (1, 1, 1, 1)])
 def test_singular_points_are_those_with_minima_of_larger_rank_nearby(widths):
     seen = set()
@@ -239,6 +243,7 @@ def test_distance_at_depth_one_leaves_out_inputs_that_never_occur():
     np.testing.assert_allclose(gf_distance(gf.DeepLinear([w]), data), expected, rtol=1e-12)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("widths", "rank"), [((2, 3, 2), 2), ((3, 1, 2), 3), ((2, 2, 2, 1), 1)])
 def test_distance_of_matrices(widths, rank):
     """Against SciPy from many starts: the misfit enters with a penalty of growing strength."""

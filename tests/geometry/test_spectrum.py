@@ -14,6 +14,7 @@ from gradflow.geometry import (
 )
 
 
+@pytest.mark.few_cases(3)
 @pytest.mark.parametrize("name", CASES)
 def test_whole_spectrum(name):
     net, problem = case(name)
@@ -44,6 +45,7 @@ def large() -> tuple[np.ndarray, SpectralDensity]:
     return values, spectral_density(net, problem, key=jax.random.key(0), probes=128, steps=40)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     "function",
     [lambda x: x, lambda x: x**2, lambda x: x**3, lambda x: jnp.exp(-(x**2)), jnp.tanh],

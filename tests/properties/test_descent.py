@@ -53,6 +53,7 @@ NOISES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOISES)
 def test_balance_law_along_paths_of_sgd(name):
     """G_K - (1 - h rate)^{2K} G_0 is the sum of h^2 (g_{i+1}^T g_{i+1} - g_i g_i^T), decayed.
@@ -74,6 +75,7 @@ def test_balance_law_along_paths_of_sgd(name):
         assert_close(balancedness(last), expected, scale(last, layers_at(run, path, 0)))
 
 
+@pytest.mark.slow
 def test_every_step_is_the_sampled_gradient_of_its_draw():
     """Also when an ensemble is run in chunks: steps and paths address the draws."""
     problem = gf.Problem(DATA, [gf.Minibatch(2), gf.InputNoise(0.3), gf.LabelNoise(0.2)])
@@ -129,6 +131,7 @@ def test_one_layer_converges_as_a_power():
         assert_close(layers_at(run, k), [best + (start - best) @ power], scale([best, start]))
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("reshuffled", [False, True])
 def test_a_full_batch_without_replacement_is_descent(reshuffled):
     net = network(WIDTHS)
@@ -140,6 +143,7 @@ def test_a_full_batch_without_replacement_is_descent(reshuffled):
         assert_close(layers_at(stochastic, path, k), expected, scale(expected), 1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero_padding", "hidden_rotations"])
 def test_paths_of_sgd_follow_changes_of_the_hidden_layer(name):
     """Units without weights stay without, and rotated units stay rotated: no noise sees them."""

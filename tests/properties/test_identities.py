@@ -107,6 +107,7 @@ NOISES = {
 }
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("name", NOISES)
 @given(given_=st.data(), h=STEPS, rate=RATES, seed=gt.seeds())
 def test_one_step_of_sgd_obeys_the_identity_on_every_path(name, given_, h, rate, seed):

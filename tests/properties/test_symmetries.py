@@ -24,6 +24,7 @@ def imbalance(net, data):
     return evaluate(net, data).imbalance
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("name", ["rotations", "hidden_changes", "input_scaling", "homogeneity"])
 @given(case=cases(), seed=gt.seeds())
 def test_loss_and_gradient_follow(name, case, seed):
@@ -32,6 +33,7 @@ def test_loss_and_gradient_follow(name, case, seed):
     gt.assert_equivariant(gradient, name, *case, seed=seed)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("name", ["zero_padding", "identity_layer"])
 @given(given_=st.data(), seed=st.integers(0, 3))
 def test_loss_and_gradient_follow_more_units_and_layers(name, given_, seed):
@@ -71,6 +73,7 @@ def test_balancedness_turns_with_the_hidden_layers(case, seed):
     assert_close(evaluate(moved, data).balancedness, expected, scale(net.weights))
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_order_of_samples_does_not_matter(given_):
     net, data = given_.draw(cases(kind=samples))
@@ -94,6 +97,7 @@ def test_gradient_is_the_mean_of_the_gradients_of_the_samples(case):
 WALKS = ("rotations", "homogeneity", "reversal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WALKS)
 @settings(max_examples=5)
 @given(given_=st.data(), seed=gt.seeds())
@@ -106,6 +110,7 @@ def test_training_follows(name, given_, seed):
     gt.assert_equivariant(gf.GradientDescent(h), name, net, problem, seed=seed, t1=20 * h)
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(gt.problems(widths=(2, 2, 2), population=True), gt.seeds())
 def test_paths_of_label_noise_turn_with_the_hidden_layer(case, seed):

@@ -126,6 +126,7 @@ def step_of(order: int, h: float, substeps: int) -> tuple[float, float]:
     return 1.0 - c + 0.5 * c**2, amplitude * (1.0 - 0.5 * c)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     ("law", "order", "fourth"),
     [
@@ -163,6 +164,7 @@ def test_moments_of_one_layer_follow_their_recursion(law: Any, order: int, fourt
     assert 0.05 * m2 > 8.0 * np.std(x**2) / np.sqrt(x.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("law", "order"), [("two-point", 1), ("three-point", 2)])
 def test_two_layers_agree_weakly_with_a_gaussian_run(law: Any, order: int):
     r"""Means of the loss and of $u = w_1^2 - w_2^2$, which noise and the residual $m$ let decay.
@@ -216,6 +218,7 @@ def many_means() -> tuple[dict[str, Any], ...]:
     return {n: np.concatenate(v) for n, v in means.items()}, reported, naive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["end_to_end", "excess_loss"])
 def test_the_standard_error_of_an_antithetic_mean_is_right(name: str, many_means: Any):
     """Against the spread of many small ensembles: chi-squared, so known to sqrt(2 / ensembles).
@@ -248,6 +251,7 @@ def test_pairs_make_the_mean_of_what_is_nearly_odd_more_accurate(many_means: Any
     assert abs(means.mean() - plain.mean("end_to_end").ravel()[-1]) < 4.0 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 3, 10, 101])
 def test_chunks_hold_whole_pairs_and_change_nothing(chunk: int):
     options = {"steps": 30, "save": 3, "replicas": 60, "observables": ["excess_loss"]}
@@ -263,6 +267,7 @@ def test_chunks_hold_whole_pairs_and_change_nothing(chunk: int):
     np.testing.assert_allclose(parts.variance("excess_loss"), spread, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_a_pair_that_lost_a_replica_has_no_part_in_the_error():
     nets = [gf.DeepLinear([s * w for w in TWO_LAYERS.weights]) for s in (1, 1, 90, 1, 1.1, 1.1)]
     options = {"net": nets, "steps": 40, "save": 2, "observables": ["squared_norms"]}
@@ -313,6 +318,7 @@ def test_refuses_what_cannot_serve(dynamics: Any, normals: Any, options: dict, m
         run(dynamics, normals, **({"t1": 1.0, "replicas": 4} | options))
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     ("dynamics", "normals", "options"),
     [
@@ -355,6 +361,7 @@ KEEPERS: list[Callable[..., Any]] = [
 ]
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("make", KEEPERS, ids=["paths", "statistics"])
 def test_a_file_knows_what_stood_for_normals(make: Callable[..., Any], tmp_path: Path):
     first = make(steps=20, save=3, replicas=10, observables=["loss"])

@@ -104,6 +104,7 @@ class Enumeration:
         return np.einsum("qbo,qbi->qoi", errors, self.x) / self.x.shape[1]
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("name", CASES)
 def test_faces_agree(name):
     (x, y, widths), regularizers = CASES[name]
@@ -150,6 +151,7 @@ def test_faces_agree(name):
     assert_close([face.loss], [expected], size)
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("name", ["labels", "inputs, labels", "all", "replacement, inputs"])
 def test_noise_is_linear_in_its_normals(name):
     (x, y, widths), regularizers = CASES[name]

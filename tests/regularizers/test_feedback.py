@@ -25,6 +25,7 @@ def sample(features: int = D_IN) -> gf.Regression:
     return gf.Regression.from_samples(x, rng.normal(size=(7, D_OUT)))
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(
     ("data", "regularizers"),
     [

@@ -119,6 +119,7 @@ def test_averaged_input_noise_conserves_balancedness():
     assert_close(drift, [np.zeros_like(d) for d in drift], scale(net.weights) ** 2, 1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [DATA, SAMPLES], ids=["population", "samples"])
 @pytest.mark.parametrize(
     "noise", [Dropout(0.3), Dropout(0.3, "gaussian"), DropConnect(0.2)], ids=["0/1", "z", "weights"]
@@ -159,6 +160,7 @@ def test_weight_noise_on_white_inputs_makes_balancedness_decay_as_a_whole():
     assert_close([drift], [-2 * 0.16 * 1.5 * 2 * g], scale(net.weights) ** 2)
 
 
+@pytest.mark.slow
 def test_single_dropped_units_rest_where_the_kept_ones_fit():
     """At P = (1 - p) T and y = T x every draw has zero gradient, so imbalance stays."""
     t, p = 1.5, 0.4
@@ -179,6 +181,7 @@ def test_single_dropped_units_rest_where_the_kept_ones_fit():
 # Noise that stays in the weights
 
 
+@pytest.mark.slow
 def test_anticorrelated_noise_is_plain_noise_on_what_is_left_of_it():
     """Z = W - xi obeys Z+ = Z - h g(Z + xi), replayed in NumPy from the draws alone."""
     h, std, steps, key = 0.1, 0.3, 5, jax.random.key(4)
@@ -231,6 +234,7 @@ def test_gradient_noise_is_isotropic():
     assert_close([both.T @ both - data.T @ data], [0.25 * np.eye(4)], scale([both]))
 
 
+@pytest.mark.slow
 def test_a_gaussian_step_is_the_average_plus_the_factor_times_the_same_normals():
     net = network((2, 3, 2))
     stream = Stream(jax.random.key(4), jnp.arange(3), jnp.arange(1))
@@ -256,6 +260,7 @@ def test_a_gaussian_step_is_the_average_plus_the_factor_times_the_same_normals()
     assert gf.Problem(DATA).gradient_noise(()) == ()
 
 
+@pytest.mark.slow
 def test_penalties_can_be_left_out():
     net = network((2, 3, 2))
     for noises in ([], [gf.LabelNoise(0.3)], [Dropout(0.2), gf.Minibatch(2)]):
@@ -268,6 +273,7 @@ def test_penalties_can_be_left_out():
         assert_close(full, expected, scale(full))
 
 
+@pytest.mark.slow
 def test_every_noise_has_numbers_of_its_own():
     """They depend on its place alone, and not on the noises after it."""
     noises = [Dropout(0.2, "gaussian"), WeightNoise(0.3), GradientNoise(0.1), WeightNoise(0.2)]

@@ -162,6 +162,7 @@ def gradient_of_draw(layers, x, y, pairs):
 # Finite samples
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("name", CASES)
 def test_averaged_and_sampled_faces(name):
     x, y, problem, net = setting(name)
@@ -236,6 +237,7 @@ def test_covariance_with_noise_on_the_weights(noise, population):
 # Populations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bernoulli", "gaussian"])
 def test_dropout_on_a_population_has_the_covariance_of_the_noise_of_n_samples(kind):
     """Given the weights E_x Cov[g | x] / n, and on top the covariance of noise on the weights."""

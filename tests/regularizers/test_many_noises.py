@@ -38,6 +38,7 @@ def network(widths):
     return gf.DeepLinear([rng.normal(size=pair[::-1]) for pair in itertools.pairwise(widths)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "population"),
     [("everything", True), ("everything", False), ("weights and inputs", True), ("online", True)],
@@ -59,6 +60,7 @@ def test_many_noises_together_have_the_averaged_gradient_on_average(name, popula
     assert error.min() > 0.0
 
 
+@pytest.mark.slow
 def test_drawn_noise_trains():
     """One step of every replica is the sampled gradient of the draw at its step and path."""
     x, y = np.array([[1.2], [0.4]]), np.array([[-0.7], [0.9]])

@@ -80,6 +80,7 @@ def test_every_order_of_an_epoch_is_equally_likely():
     assert scipy.stats.chisquare(seen).pvalue > 0.01
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(
     "rule",
     [

@@ -71,6 +71,7 @@ DYNAMICS = {
 QUICK = ("descent", "HeavyBallFlow")
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     "kind",
     [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in DYNAMICS],
@@ -122,6 +123,7 @@ def test_descent_steps_over_the_kinks_of_l1():
     assert np.isfinite(run["loss"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("discrete", [False, True])
 def test_theory_takes_it_as_it_takes_weight_decay(discrete: bool):
     own, decay = gf.Problem(DATA, [NOISE, OWN]), gf.Problem(DATA, [NOISE, DECAY])

@@ -82,6 +82,7 @@ def test_strengths_are_traced():
     assert len(traces) == 1
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("rows", [False, True], ids=["Gaussian", "rows"])
 def test_every_noise_has_numbers_of_its_own(rows):
     """And they depend on its place alone: the noises after it change nothing."""

@@ -42,6 +42,7 @@ def found() -> EnsembleStatistics:
     return statistics()
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("chunk", [None, 101, 40, 1])
 def test_statistics_are_those_of_the_paths(chunk: int | None, paths: gf.Trajectory):
     found = statistics(chunk=chunk)
@@ -105,6 +106,7 @@ def test_diverged_paths_are_counted_and_left_out():
     np.testing.assert_allclose(found.mean("loss")[0], paths["loss"][:, 0].mean(), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_flows_from_many_starts():
     nets = [gf.DeepLinear([s * w for w in NET.weights]) for s in (1.0, 1.1, 1.2)]
     options = {"net": nets, "dynamics": gf.GradientFlow(), "steps": None, "t1": 2.0}
@@ -114,6 +116,7 @@ def test_flows_from_many_starts():
     assert found.step is None
 
 
+@pytest.mark.slow
 def test_a_file_brings_everything_back(found: EnsembleStatistics, tmp_path: Path):
     path = found.save(tmp_path / "run.nc")
     loaded = EnsembleStatistics.load(path)

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 
 from gradflow.results.running_statistics import RunningStatistics
 
@@ -56,6 +57,7 @@ def test_an_interrupted_ensemble_counts_what_it_has_seen():
     assert statistics.quantiles([0.5])[0].shape == (2, 1, 9)
 
 
+@pytest.mark.slow
 def test_the_sketches_share_the_memory():
     small, large = RunningStatistics({"a": ()}, 10), RunningStatistics({"a": (100, 100)}, 100)
     assert small.sketches[0][0].bins == 2048

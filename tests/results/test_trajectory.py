@@ -63,6 +63,7 @@ def assert_identical(first: gf.Trajectory, second: gf.Trajectory) -> None:
 # In memory
 
 
+@pytest.mark.slow
 def test_dimensions_coordinates_and_units():
     run = noisy_run()
     data = run.to_xarray()
@@ -162,6 +163,7 @@ def test_a_trajectory_tells_how_it_was_made():
 # Repeating
 
 
+@pytest.mark.few_cases(2)
 @every_kind
 def test_repeating_gives_the_same_bits(make: Any):
     run = make()

@@ -115,6 +115,7 @@ def test_the_bar_is_taken_away_when_a_run_fails(
     assert threading.active_count() == threads
 
 
+@pytest.mark.slow
 def test_a_callback_hears_of_a_long_run_at_least_twice_a_second():
     heard: list[tuple[float, float, float, str]] = []
 

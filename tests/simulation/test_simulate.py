@@ -54,6 +54,7 @@ def assert_same(run: gf.Trajectory, other: gf.Trajectory, replicas: Any = slice(
 # Replicas
 
 
+@pytest.mark.few_cases(1)
 @by_kind
 def test_replicas_differ_and_do_not_depend_on_how_many_there_are(dynamics: gf.AbstractDynamics):
     ten = simulate(dynamics, replicas=10)
@@ -73,6 +74,7 @@ def test_replicas_differ_and_do_not_depend_on_how_many_there_are(dynamics: gf.Ab
     assert_same(ten, chunked)
 
 
+@pytest.mark.slow
 @by_kind
 def test_blocks_of_noise_do_not_matter(
     dynamics: gf.AbstractDynamics, monkeypatch: pytest.MonkeyPatch
@@ -123,6 +125,7 @@ def test_networks_as_replicas():
     assert simulate(net=[NET]).replicas == 1
 
 
+@pytest.mark.slow
 @by_kind
 def test_a_run_that_has_diverged_altogether_ends_early(dynamics: gf.AbstractDynamics):
     """A billion steps would take minutes even if each cost nothing but the loop."""
@@ -157,6 +160,7 @@ def test_memory_does_not_grow_with_the_number_of_steps():
     assert run["loss"].shape == (3,)
 
 
+@pytest.mark.slow
 def test_the_state_is_given_back_to_the_next_step():
     dynamics = DYNAMICS[0]
     weights = tuple(jnp.stack([w, w], axis=-1) for w in NET.weights)
@@ -176,6 +180,7 @@ def test_the_state_is_given_back_to_the_next_step():
     assert np.isfinite(np.asarray(after.weights[0])).all()
 
 
+@pytest.mark.slow
 def test_weights_are_stored_if_asked_for_or_small(monkeypatch: pytest.MonkeyPatch):
     assert "W1" in simulate()
     assert "W1" not in simulate(store_weights=False)
@@ -264,6 +269,7 @@ def test_ctrl_c_at_the_keyboard():
 # Observables
 
 
+@pytest.mark.slow
 def test_observables_of_the_user():
     calls = []
 

@@ -23,6 +23,7 @@ def system(size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.eye(size) + (q * clusters) @ q.T + 0.1 * (skew - skew.T), rng.normal(size=size)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("size", SIZES)
 def test_solution_of_the_system_and_of_its_transpose(size: int):
     matrix, right = system(size)
@@ -52,6 +53,7 @@ def test_a_large_matrix_is_never_formed():
     assert f"f64[{size},{size}]" not in str(program)
 
 
+@pytest.mark.slow
 def test_stiff_gradient_flow_by_krylov_follows_an_explicit_method(monkeypatch: pytest.MonkeyPatch):
     """Curvatures from 0.3 to 900; 27 weights."""
     monkeypatch.setattr(dense_or_krylov, "LARGEST_DENSE", 20)

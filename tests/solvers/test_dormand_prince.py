@@ -6,6 +6,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jaxtyping import Array
 from scipy.integrate import DOP853
 from scipy.integrate._ivp.rk import rk_step
@@ -48,6 +49,7 @@ def test_a_step_and_its_error_are_those_of_scipy():
     assert np.max(np.abs(estimate)) > 1e-7
 
 
+@pytest.mark.slow
 def test_converges_with_order_8():
     start, term = (jnp.array([1.2]), jnp.array([0.4])), diffrax.ODETerm(pendulum)
 

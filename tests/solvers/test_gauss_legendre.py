@@ -179,6 +179,7 @@ def test_linear_solver_stops_at_the_tolerance_and_at_no_right_hand_side():
 # Orders
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("order", ORDERS)
 def test_order(order: int):
     steps = {2: 0.02, 4: 0.2, 6: 0.5}[order] / np.array([1.0, 2.0])
@@ -210,6 +211,7 @@ def test_error_follows_the_tolerance(order: int):
 # Conservation
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     ("widths", "order"),
     [(SHAPES[0], 2), (SHAPES[0], 4), (SHAPES[0], 6), (SHAPES[1], 6), (SHAPES[2], 6)],
@@ -226,6 +228,7 @@ def test_conserves_at_every_step_length(widths: tuple[int, ...], order: int):
     assert np.max(np.abs(start - reference.flatten(reference.as_numpy(run.end)))) > 0.1
 
 
+@pytest.mark.slow
 def test_adaptive_steps_conserve_and_agree_with_scipy():
     widths = SHAPES[1]
     layers, sxx, syx = regression(widths)
@@ -252,6 +255,7 @@ def test_invariant_of_an_oscillator_over_many_steps(order: int):
 # Stiffness
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [2, 6])
 def test_a_stiff_linear_equation_gets_the_stability_function(order: int):
     rates = np.array([-1e6, -300.0, -10.0, -0.5])
@@ -282,6 +286,7 @@ def test_an_adaptive_step_without_solution_is_tried_again_shorter():
     np.testing.assert_allclose(run.end, [10.0], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_throws_unless_asked_not_to():
     arguments = diffrax.ODETerm(square), GaussLegendre(2), 0.0, 10.0, 10.0, jnp.array([1.0])
     with pytest.raises(eqx.EquinoxRuntimeError):
@@ -297,6 +302,7 @@ def test_other_orders_are_refused(order: int):
 # The rest of diffrax
 
 
+@pytest.mark.slow
 def test_paths_of_a_vmap_do_not_disturb_each_other():
     starts = jnp.array([[1.0], [0.2], [-3.0]])
     run = jax.vmap(lambda y: solve(square, 2, y, None, 0.9, 0.9, 1e-7))(starts)
@@ -305,6 +311,7 @@ def test_paths_of_a_vmap_do_not_disturb_each_other():
     np.testing.assert_allclose(run.end[1], alone.end, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_differentiates_both_ways():
     def end(rate: Any) -> Any:
         term = diffrax.ODETerm(lambda t, y, args: -args * y)
@@ -320,6 +327,7 @@ def test_differentiates_both_ways():
     np.testing.assert_allclose(jax.jvp(end, (2.0,), (1.0,))[1], expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_backwards_in_time_dense_output_and_jumps():
     def field(t: Any, y: Any, args: Any) -> Any:
         return jnp.where(t > 0.7, 1.0, -1.0) * y

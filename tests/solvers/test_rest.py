@@ -62,6 +62,7 @@ def test_a_short_solve_does_not_rest():
     np.testing.assert_allclose(end, np.asarray(LIMIT) + offset, rtol=1e-7)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("drift", [1e-3, 1e-6])
 def test_a_drift_is_no_rest(drift: float):
     """A component that moves at a constant speed beside a stiff one is followed to the end."""

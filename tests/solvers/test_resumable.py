@@ -42,6 +42,7 @@ def solve(y: Array, start: Array, stop: Array, first_step: Array) -> tuple[Array
     return solution.ys[0], solution.controller_state[1], solution.stats["num_steps"]
 
 
+@pytest.mark.slow
 def test_a_chain_of_solves_costs_what_one_solve_does():
     whole, _, steps = solve(jnp.array([1.0, 0.0]), *map(jnp.asarray, (0.0, 20.0, 0.0)))
     links, y, planned, total = 40, jnp.array([1.0, 0.0]), jnp.asarray(0.0), 0
@@ -131,6 +132,7 @@ def test_shows_the_tolerances_of_the_controller_inside(name: str):
     assert getattr(controller(), name) == getattr(controller().controller, name)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("origin", "most"), [(1.0, 30), (1e-100, 250)])
 def test_gives_up_where_rounding_would_hide_a_step(origin: float, most: int):
     """In a field without numbers steps shrink fivefold down to 256 roundings of the time."""

@@ -45,6 +45,7 @@ def second_moment_error(solver: diffrax.AbstractSolver, dt: float, level: float)
     return float(np.max(np.abs(found - exact)))
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("solver", "order"), [(SmallNoise(), 3), (diffrax.Euler(), 2)])
 def test_moments_of_a_step_with_noise_of_the_size_of_its_root(
     solver: diffrax.AbstractSolver, order: int
@@ -55,6 +56,7 @@ def test_moments_of_a_step_with_noise_of_the_size_of_its_root(
     assert np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(order, abs=0.1)
 
 
+@pytest.mark.slow
 def test_what_is_left_grows_with_the_fourth_power_of_the_noise():
     dt = 1e-3
     levels = np.array([1.0, 1.3, 1.6])

@@ -4,6 +4,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gradflow.solvers import Stabilized5
 from gradflow.solvers.stabilized import LONGEST
@@ -17,6 +18,7 @@ def step(rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(y1), np.asarray(error)
 
 
+@pytest.mark.slow
 def test_converges_with_order_5_on_a_nonlinear_equation_that_depends_on_time():
     def field(t: jax.Array, y: jax.Array, args: None) -> jax.Array:
         return jnp.stack([y[1], -jnp.sin(y[0]) * (1.0 + 0.3 * t)])

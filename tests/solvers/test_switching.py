@@ -6,6 +6,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy.integrate import solve_ivp
 
 import gradflow as gf
@@ -79,11 +80,13 @@ def solved(solver: diffrax.AbstractSolver | None) -> tuple[list[np.ndarray], int
     return [np.asarray(w) for w in layers], len(calls)
 
 
+@pytest.mark.slow
 def test_takes_fewer_gradients_where_a_stable_step_reaches_the_next_saved_time():
     (_, few), (_, many) = solved(None), solved(DormandPrince853())
     assert few < 0.95 * many
 
 
+@pytest.mark.slow
 def test_saved_points_conserve_and_have_the_loss_of_a_tight_solve():
     (w1, w2, w3), _ = solved(None)
     for below, above in ((w1, w2), (w2, w3)):

@@ -65,6 +65,7 @@ def test_predictions_are_those_of_the_imbalance_only():
         measure("predicted_ratio", run, window=[0, 1], of="rate", observable="loss")
 
 
+@pytest.mark.slow
 def test_a_claim_chooses_the_theory_of_its_prediction():
     """Label noise on a scalar network: rate h v, and h v 2/(2 - h lam) at finite step."""
     problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.5)])
@@ -158,6 +159,7 @@ def test_displacement_ratio_ends_where_the_second_run_does():
         measure("displacement_ratio", first, second, **PAIR)
 
 
+@pytest.mark.slow
 def test_displacement_ratio_error_is_the_spread_of_repeated_experiments():
     """200 experiments know the spread to 5 %; both runs are noisy."""
     rng = np.random.default_rng(5)
@@ -318,6 +320,7 @@ def gradient_descent(step, decay, steps, seed=0, replicas=None):
     return [np.stack(layer, axis=axis) for layer in zip(*path, strict=True)]
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("replicas", [None, 3])
 def test_gd_identity_holds_for_gradient_descent_and_not_for_another_step(decay, replicas):

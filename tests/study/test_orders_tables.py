@@ -44,6 +44,7 @@ quantity = "order"
 """
 
 
+@pytest.mark.slow
 def test_a_table_is_measured_judged_and_drawn(load, tmp_path):
     text = (
         HEAD + TABLE + CLAIM + "expected = 1.0\nabsolute_tolerance = 0.1\n"

@@ -6,6 +6,7 @@ import warnings
 
 import jax
 import numpy as np
+import pytest
 import xarray as xr
 from specs import HEAD, RUN
 
@@ -123,6 +124,7 @@ def test_a_run_with_antithetic_normals(load, tmp_path):
     np.testing.assert_allclose(result.claims[0].measured_error, abs(last[0] - last[1]) / 2)
 
 
+@pytest.mark.slow
 def test_a_slow_flow_beside_sgd_and_what_they_take_without_compilation(
     load, tmp_path, monkeypatch, caplog
 ):

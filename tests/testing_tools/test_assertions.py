@@ -65,6 +65,7 @@ def faster_first_layer(gradient):
 # Conservation
 
 
+@pytest.mark.slow
 def test_gradient_flow_conserves_balancedness():
     gt.assert_conserves(gf.GradientFlow(), None, PROBLEM, NET, t1=3.0)
 
@@ -82,6 +83,7 @@ def test_one_layer_that_learns_a_thousandth_faster_is_found():
     assert "Sxx = [[1.5, 0.2]" in text and "allowed" in text
 
 
+@pytest.mark.slow
 def test_weight_decay_makes_balancedness_decay_at_twice_its_rate():
     problem = gf.Problem(DATA, [gf.WeightDecay(0.3)])
     flow = gf.GradientFlow()

@@ -44,6 +44,7 @@ def without_numbers(text):
     return re.sub(r"g_\d", "g_#", re.sub(r"\s+", " ", masked)).replace("[ ", "[").replace(" ,", ",")
 
 
+@pytest.mark.slow
 def test_the_right_gradient_passes(page):
     page["test_gradient_turns_with_the_hidden_units"]()
 

@@ -29,6 +29,7 @@ def layers(net):
 # Shrinking
 
 
+@pytest.mark.slow
 def test_a_network_shrinks_to_one_zero():
     assert layers(smallest(gt.networks())) == [[[0.0]]]
 
@@ -67,6 +68,7 @@ def test_balanced_and_conditioned_networks_shrink_to_the_identity():
     assert layers(conditioned) == [np.eye(3, 2).tolist()]
 
 
+@pytest.mark.slow
 def test_imbalance_shrinks_to_a_heavy_first_layer():
     assert layers(smallest(gt.networks(imbalance=3.0))) == [[[2.0]], [[1.0]]]
 
@@ -85,6 +87,7 @@ def test_a_target_shrinks_to_a_one():
     assert np.sort(np.asarray(data.syx).ravel()).tolist() == [0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_problems_shrink_to_no_regularizer_and_keep_only_the_guilty_one():
     drawn = gt.problems(widths=(1, 1), regularizers=["WeightDecay", "LabelNoise", "Minibatch"])
     assert smallest(drawn)[0].regularizers == ()

@@ -72,6 +72,7 @@ CASES = {
 }
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("name", CASES)
 def test_expected_change_of_one_step(name):
     """E[G_+ - G] / h of every G_i, and of |W_i|^2 - |W_j|^2 for the pair that attains D."""
@@ -137,6 +138,7 @@ def test_label_noise():
         assert_close([actual], [expected], scale([expected], layers))
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(("batch", "replacement"), [(1, False), (2, False), (2, True), (5, True)])
 def test_minibatch(batch, replacement):
     layers, drift = noise_drift(gf.Minibatch(batch, replacement=replacement))
@@ -261,6 +263,7 @@ def test_balanced_layers_drift_nowhere():
     assert float(drifts(problem, weights, H, False).imbalance) == 0.0
 
 
+@pytest.mark.slow
 def test_tied_layers_take_the_pair_that_opens_fastest():
     net = gf.init.unbalanced((3, 2, 2, 1), 2.0, key=jax.random.key(3), scale=0.5, heavy=3)
     norms = np.array([float(jnp.sum(w * w)) for w in net.weights])
@@ -309,6 +312,7 @@ def svag_or_order_two(problem, net, **options):
     return as_numpy(run(net.weights)), np.asarray(layers(net.weights))
 
 
+@pytest.mark.slow
 def test_amplified_descent():
     """SVAG: steps h / l with l times the covariance; decay, mean square and noise by hand."""
     net, rate, amplification = network(), 0.3, 4
@@ -329,6 +333,7 @@ def test_amplified_descent():
     assert_close(np.diff(norms), [np.trace(e) for e in expected], scale(expected, layers) / h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_flow_of_order_two(rate):
     """The ODE with the drift -grad(L + (h/4) |grad L|^2), by differences of its gradient.

@@ -54,6 +54,7 @@ def test_half_life_of_the_scalar_network_is_a_quadrature():
     np.testing.assert_allclose([w[0, 0] for w in net.weights], [1.0, 1.0], atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_at_leading_order_the_half_life_is_that_of_an_exponential(momentum):
     found, _ = end_of(NOISY, SCALAR, H, momentum, finite_step=False)
@@ -61,6 +62,7 @@ def test_at_leading_order_the_half_life_is_that_of_an_exponential(momentum):
     assert float(found.half_life) == pytest.approx(expected, rel=1e-7)
 
 
+@pytest.mark.slow
 def test_weight_decay_ends_at_the_balanced_network():
     rate, h = 0.02, 0.1
     target = np.array([[1.2, 0.3], [-0.2, 0.8]])
@@ -87,6 +89,7 @@ def potential(h, decay, noise):
     return minimize_scalar(value, bounds=(0.05, 3.0), method="bounded", options={"xatol": 1e-12}).x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("h", "finite_step"), [(0.8, False), (0.1, True), (0.8, True)])
 @pytest.mark.parametrize("decay", [0.0, 0.02])
 def test_a_rectangular_network_ends_at_the_minimum_of_the_potential(h, finite_step, decay):
@@ -101,6 +104,7 @@ def test_a_rectangular_network_ends_at_the_minimum_of_the_potential(h, finite_st
         np.testing.assert_allclose(traces, traces[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_flow_stops_at_the_edge_of_stability():
     # One output along a flat input direction: decay drives |W_2|^2 = a, which the steep direction
     # sees as its curvature, from 0.2 towards 1 and over the edge at 2 / h = 0.5.

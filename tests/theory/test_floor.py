@@ -52,6 +52,7 @@ def population(residual=0.0, n=1):
 # Weight decay
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     ("widths", "sigma"), [((2, 3, 2), 0.0), ((2, 2, 2), 0.5), ((2, 2, 3, 2), 0.0)]
 )
@@ -177,6 +178,7 @@ def noise_feeder(problem, net):
     return lambda x: np.einsum("ij,ijkl->kl", x, slopes)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("widths", [(2, 3, 2), (2, 1, 2)], ids=["full rank", "bottleneck"])
 def test_stationary_covariance_solves_lyapunov_equations(name, widths):
@@ -220,6 +222,7 @@ def test_floor_with_momentum_solves_the_lyapunov_equation_of_position_and_veloci
     np.testing.assert_allclose(floor, np.trace(both[:4, :4]) / 2, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_floors_of_svag_and_of_the_order_two_flow_solve_lyapunov_equations():
     """Steps h / l with l times the noise; a flow with the drift -(K + (h/2) K^2) x."""
     problem, net = PROBLEMS["gradient, labels"], network((2, 3, 2), seed=1)

@@ -34,6 +34,7 @@ def close(actual, expected, size=0.0, tolerance=1e-9):
     assert_close([actual], [expected], max(np.abs(expected).max(), size), tolerance)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("name", LABELS)
 def test_label_noise(name, drift):
     c = case(name)
@@ -44,6 +45,7 @@ def test_label_noise(name, drift):
 
 
 # BiCGStab divides zero by zero once it is exact, as for a single unknown, which is never large.
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("name", [name for name in OTHERS if name != "scalar batches"])
 def test_noise_that_depends_on_the_fluctuation(name, drift):
     c = case(name)
@@ -58,6 +60,7 @@ def test_noise_that_depends_on_the_fluctuation(name, drift):
         close(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["2-3-2", "batches", "2-2-2-2"])
 def test_classical_limit(name, drift):
     c = case(name)
@@ -67,6 +70,7 @@ def test_classical_limit(name, drift):
         close(drift(c.problem, c.layers, h, beta, finite_step=False), expected)
 
 
+@pytest.mark.slow
 def test_balanced_layers_of_whitened_data(drift):
     """K is diagonal, and what the fluctuation feeds spans two dimensions: exact soon."""
     rng = np.random.default_rng(0)
@@ -82,6 +86,7 @@ def test_balanced_layers_of_whitened_data(drift):
     close(drift(problem, layers, h), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("silent", [gf.InputNoise(0.0), gf.LabelNoise(0.0)])
 def test_noise_of_no_strength_does_not_drift(silent, drift):
     c = case("2-3-2")
@@ -100,6 +105,7 @@ def test_noise_inside_a_large_network_is_refused(monkeypatch):
         slow_drift(problem, as_weights(c.layers), 0.1)
 
 
+@pytest.mark.slow
 def test_unstable_in_mean_square(drift):
     """The equation has a solution there, but it is no covariance; mostly far below h mu = 2."""
     c = case("batches")

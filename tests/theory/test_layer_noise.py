@@ -218,6 +218,7 @@ def noise_of_moved(name, layers, directions):
     return total
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("name", CASES)
 def test_against_every_draw(name):
     problem, layers = make(name, 1.0)
@@ -276,6 +277,7 @@ def frame(problem, layers):
     return normal, np.eye(len(normal)) - normal @ np.linalg.pinv(normal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [None, [1, 3]], ids=["all", "two layers"])
 def test_noise_on_the_weights_alone_is_the_hessian_times_the_noise(layers):
     """Cov(z) = s^2 H D H with D the noisy layers, nothing of it tangential."""
@@ -351,6 +353,7 @@ def test_depth_one_has_no_hidden_units(function):
 # Statistics
 
 
+@pytest.mark.slow
 def test_population_is_the_limit_of_samples():
     """Mean over 40 samples of 4000 Gaussian rows each, within 4 standard errors in every entry.
 
@@ -374,6 +377,7 @@ def test_population_is_the_limit_of_samples():
     assert np.all(np.abs(found.mean(axis=0) - expected) < 4.0 * error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("residual", "part"), [(0.01, "normal"), (2.0, "tangential")])
 def test_sampled_gradients_of_everything_at_once(residual, part):
     """100000 draws at small levels: every entry of the covariance within 4.5 standard errors.

@@ -77,6 +77,7 @@ FITTED = {
 }
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("beta", [0.0, 0.6])
 @pytest.mark.parametrize("name", FITTED)
 def test_the_map_decides_where_all_data_are_fitted(name, beta):
@@ -213,6 +214,7 @@ def test_noise_that_does_not_grow_has_the_edge_of_stability():
     assert limit(problem, layers, False) == np.inf
 
 
+@pytest.mark.slow
 def test_many_outputs_and_inputs_take_several_stretches():
     """12 entries, Gaussian rows: the largest eigenvalue of the dense pencil by NumPy."""
     problem, layers, _ = fitted((4, 3), 9, 2)

@@ -67,6 +67,7 @@ def test_paths_of_an_ensemble_are_solved_on_their_own():
         np.testing.assert_allclose(found[i], solve(z[i], b[i]), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_derivatives_forward_and_backward():
     z, b = feeding(0.5), covariance()
 

@@ -33,6 +33,7 @@ def close(actual, expected, size=0.0, tolerance=1e-10):
 # The drift at finite step size
 
 
+@pytest.mark.few_cases(12)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("name", LABELS)
 def test_label_noise_at_every_step_size(name, beta):
@@ -44,6 +45,7 @@ def test_label_noise_at_every_step_size(name, beta):
         close(velocity(c.problem, c.layers, h, beta), expected, size=1e-4)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("name", OTHERS)
 def test_noise_that_depends_on_the_fluctuation(name, beta):
@@ -74,6 +76,7 @@ def test_classical_limit(name):
         close(velocity(c.problem, c.layers, h, beta, finite_step=False), expected)
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(
     ("name", "decay"),
     [
@@ -106,6 +109,7 @@ def test_noise_on_the_gradient(beta):
     close(velocity(problem, c.layers, h, beta), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.9])
 @pytest.mark.parametrize("widths", [(2, 3, 2), (2, 2, 2, 1)])
 def test_dropout_moves_along_and_across_the_manifold_at_once(widths, beta):
@@ -212,6 +216,7 @@ def test_momentum_is_zero_by_default():
 # What the oracle rests on
 
 
+@pytest.mark.few_cases(4)
 @pytest.mark.parametrize(
     ("widths", "beta"),
     [((1, 1, 1), 0.9), ((1, 1, 1, 1), 0.0), ((2, 1, 2), 0.5), ((1, 2, 3), 0.0), ((2, 3, 2), 0.0)],

@@ -28,6 +28,7 @@ WEIGHTS = (jnp.array([[1.0, 0.4], [0.0, -0.7]]), jnp.array([[1.5, 4.0 / 7.0]]))
 apply, matrix = compiled(tangential_noise), compiled(tangential_factor)
 
 
+@pytest.mark.few_cases(14)
 @pytest.mark.parametrize(
     ("data", "regularizers", "expected"),
     [
@@ -61,6 +62,7 @@ def test_which_noise_is_tangential(data, regularizers, expected):
 ALL = [GradientNoise(0.2), Dropout(0.1), GAUSSIAN, gf.LabelNoise(0.5), WeightNoise(0.1)]
 
 
+@pytest.mark.slow
 def test_factor_is_the_matrix_of_the_noise():
     """Columns are the noise of unit normals, and a draw is the matrix times the normals."""
     problem = gf.Problem(NOISY, ALL)
@@ -82,6 +84,7 @@ def test_noise_is_tangential():
     assert np.abs(across).max() < 1e-13 < 0.1 < np.abs(noise).max()
 
 
+@pytest.mark.slow
 def test_variances_add_up_and_levels_scale():
     """F F^T of all is that of each; twice the std of the gradient noise is four times it."""
     alone = [[GradientNoise(0.2)], [Dropout(0.1)]]

@@ -60,6 +60,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.few_cases(9)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("name", CHAINS)
 def test_covariance_solves_the_lyapunov_equation_of_position_and_velocity(name, beta):
@@ -98,6 +99,7 @@ BATCHES = {
 }
 
 
+@pytest.mark.few_cases(3)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("name", BATCHES)
 def test_batches_that_differ_in_their_hessian(name, beta):
@@ -123,6 +125,7 @@ def test_batches_that_differ_in_their_hessian(name, beta):
     assert stable[:2] == [True, True]
 
 
+@pytest.mark.slow
 def test_enumerated_recursion_converges_to_the_covariance():
     """The moments of all batches, step after step from rest at the minimum, in another basis."""
     problem, layers, s, noise = BATCHES["replacement"]()
