@@ -86,6 +86,7 @@ from .regularizers import (
 from .results.ensemble_statistics import EnsembleStatistics as EnsembleStatistics
 from .results.trajectory import Trajectory as Trajectory
 from .simulation.divergence import DivergedWarning as DivergedWarning
+from .simulation.rounding import RoundingWarning as RoundingWarning
 from .simulation.simulate import (
     IncompleteWarning as IncompleteWarning,
     InterruptedWarning as InterruptedWarning,

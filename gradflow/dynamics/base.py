@@ -80,7 +80,7 @@ class End(enum.IntEnum):
             End.COLLAPSE: (
                 "its step size collapsed. The field is not smooth there, as at the kink of a "
                 "penalty: GradientDescent handles it, or smooth the penalty. Without a penalty the "
-                "start is too far out for this flow"
+                "start is too far out for this flow, or closer to 0 than 1e-154, whose square is 0"
             ),
         }[self]
 

@@ -30,6 +30,7 @@ from gradflow.results.serialize import describe
 from gradflow.results.trajectory import Trajectory
 from gradflow.simulation.divergence import DivergedWarning, divergence
 from gradflow.simulation.progress import ProgressBar, Report, automatic
+from gradflow.simulation.rounding import RoundingWarning, rounded
 from gradflow.simulation.schedule import Save, Spacing, schedule
 from gradflow.simulation.slices import Runner
 from gradflow.simulation.starts import check_norms, check_penalties, stacked, starts_of
@@ -157,7 +158,9 @@ def simulate(
     and flagged in `diverged`, with a `DivergedWarning`; statistics leave them out and count them.
     Paths of an adaptive flow that cannot go on (a step limit, a step size that collapses) are NaN
     from then on and flagged in `incomplete`, with an `IncompleteWarning` that says what to do.
-    After Ctrl-C what was done is returned with `interrupted=True`.
+    Where weights are so large that their rounding moves the loss by more than it is, a
+    `RoundingWarning` says so, as long as weights are stored. After Ctrl-C what was done is returned
+    with `interrupted=True`.
 
     **Raises:** `ValueError` or `TypeError` for bad input, before anything is computed;
     `MemoryError` if there is no room for what is saved of all paths.
@@ -218,6 +221,11 @@ def simulate(
     dataset = labelled(record, plan, chosen, len(layers), replica_axis, quantiles, dynamics)
     if not record.lost:
         _warn_of_overflow(dataset, chosen)
+    if storing and isinstance(record, PathRecord):
+        ends = [w[:, -1] for w in record.finished().weights]
+        if text := rounded(problem, ends):
+            what = f"{type(dynamics).__name__}: at t = {dataset['time'].values[-1]:g} {text}."
+            warnings.warn(what, RoundingWarning, stacklevel=2)
     done = record.paths
     if record.end is not None:
         lost = record.lost - len(record.incomplete)

@@ -349,6 +349,7 @@ def test_weight_decay_that_is_not_weak_is_said_and_counts_as_an_error(rate):
     assert error < 2.0 * (2.0 * rate * 4.0) + found.relative_error
 
 
+@pytest.mark.slow
 def test_an_imbalance_that_turns_round_is_said():
     """The imbalance of the data with batches of 5 falls to 0.04 and rises to 1.36.
 
