@@ -211,6 +211,21 @@ def test_the_banner_counts_the_rates_that_theory_misses(
     assert words in page_of(result, draw=False)[1].text
 
 
+@pytest.mark.parametrize(
+    ("followed", "words"), [(0.0125, "3 agree"), (0.0045, "2 agree, 1 misses")]
+)
+def test_a_rate_that_is_not_constant_is_counted_beside_the_slow_flow(
+    make_study: MakeStudy, followed: float, words: str
+):
+    """The measured mean along the run is 0.0126; without a slow flow it is not compared at all."""
+    result = with_rates(make_study(), sgd=BENT)
+    sgd = result.runs["sgd"]
+    assert sgd.rate is not None
+    sgd = replace(sgd, along=replace(sgd.rate, value=followed))
+    text = summary(replace(result, runs={**result.runs, "sgd": sgd}))
+    assert text.endswith(f"of 3 rates compared with theory {words}.")
+
+
 def test_a_rate_that_is_not_constant_is_not_printed_with_an_error(make_study: MakeStudy):
     result = with_rates(make_study(FIGURES[1]), sgd=BENT)
     sgd = result.runs["sgd"]

@@ -112,8 +112,9 @@ def compared_rates(runs: Iterable[EvaluatedRun]) -> Counter[str]:
     """Returns how many measured imbalance rates agree with theory, miss it, and so on.
 
     Every run with a rate and a prediction counts, but slow flows, which are theory themselves: as
-    "agrees", "misses" or "undecided" within the tolerance, or "not constant" where the rate leaves
-    the tolerance somewhere along the run: no number at the start of the phase predicts it.
+    "agrees", "misses" or "undecided" within the tolerance. Where the rate leaves the tolerance
+    somewhere along the run, no number at the start of the phase predicts it: the slow flow along
+    the run is compared in its place, and without one the rate counts as "not constant".
     """
     said = {"agree": "agrees", "differ": "misses", "undecided": "undecided"}
     counts: Counter[str] = Counter()
@@ -125,8 +126,12 @@ def compared_rates(runs: Iterable[EvaluatedRun]) -> Counter[str]:
             continue
         measured, predicted = _of_run(run, rate), Measured(prediction.imbalance_rate)
         words = [judged(one, predicted).word for one in (measured, *map(Measured, measured.local))]
-        moves = measured.local and set(words) != {"agree"}
-        counts["not constant" if moves else said[words[0]]] += 1
+        if not measured.local or set(words) == {"agree"}:
+            counts[said[words[0]]] += 1
+        elif run.along is None:
+            counts["not constant"] += 1
+        else:
+            counts[said[judged(measured, _of_rate(run.along, 0.0)).word]] += 1
     return counts
 
 
