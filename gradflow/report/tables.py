@@ -195,8 +195,12 @@ def _optimization_rate(view: RunView) -> Cell:
     if phases is None:
         return _cell(MISSING, predicted)
     rate = phases.optimization_rate
+    effective = _effective(view, rate * view.pace)
+    if not phases.optimization_rate_constant:
+        local = not_constant(phases.optimization_rate_local)
+        return _cell(local, f"mean {number(rate)}", predicted, effective)
     measured = with_error(rate, phases.optimization_rate_error)
-    return _cell(measured, predicted, _effective(view, rate * view.pace))
+    return _cell(measured, predicted, effective)
 
 
 def _decay(view: RunView) -> Cell:
@@ -222,8 +226,7 @@ def _separation(view: RunView) -> Cell:
     predicted = _predicted(None if prediction is None else prediction.separation)
     if phases is None:
         return _cell(MISSING, predicted)
-    rate = phases.regularization_rate
-    if rate is not None and not rate.constant:
+    if phases.changing:
         return _cell(
             f"about {number(phases.separation, 2)}", "of a rate that is not constant", predicted
         )

@@ -237,6 +237,20 @@ def test_a_rate_that_is_not_constant_is_not_printed_with_an_error(make_study: Ma
     assert "The rate is not constant along Label noise, SGD" in figure.caption
 
 
+def test_an_optimization_rate_that_is_not_constant_is_printed_as_its_parts(make_study: MakeStudy):
+    result = make_study()
+    sgd = result.runs["sgd"]
+    assert sgd.phases is not None
+    parts = {"optimization_rate_constant": False, "optimization_rate_local": (6.0, 5.0, 4.25)}
+    sgd = replace(sgd, phases=replace(sgd.phases, **parts))
+    result = replace(result, runs={**result.runs, "sgd": sgd})
+    row = next(row for row in phase_rows(result) if row.run == "Label noise, SGD")
+    assert row.cells[1].value == "not constant: 6 → 5 → 4.25"
+    assert row.cells[1].below == ("mean 4.5", "predicted 4.47")
+    assert row.cells[3].value == "about 360"
+    assert row.cells[3].below[0] == "of a rate that is not constant"
+
+
 def test_runs_with_different_momenta_stand_in_effective_time(make_study: MakeStudy):
     result = make_study(FIGURES[0])
     sgd = result.runs["sgd"]
