@@ -8,6 +8,7 @@ from typing import Any
 
 from gradflow.analysis.comparison.against_theory import compared_rates
 from gradflow.analysis.convergence.results import OrderRow
+from gradflow.analysis.rates import Rate
 from gradflow.plot.formatting import (
     MISSING,
     arrows,
@@ -215,10 +216,20 @@ def _decay(view: RunView) -> Cell:
         at_start = f"{predicted} at its start" if predicted else ""
         below = mean, followed, at_start, _effective(view, rate.value * view.pace)
         return _cell(not_constant(rate.local), *below)
-    bounds = interval(rate.low, rate.high)
-    bounds = "" if bounds == MISSING else f"{100 * rate.confidence:g}\u00a0% {bounds}"
+    bounds = _bounds(rate)
     measured = with_error(rate.value, rate.standard_error)
     return _cell(measured, bounds, predicted, _effective(view, rate.value * view.pace))
+
+
+def _bounds(rate: Rate) -> str:
+    """The interval of a rate; of one path, which has none, how far its thirds differ if they do."""
+    bounds = interval(rate.low, rate.high)
+    if bounds == MISSING:
+        return ""
+    if math.isfinite(rate.standard_error):
+        return f"{100 * rate.confidence:g}\u00a0% {bounds}"
+    same = number(rate.low) == number(rate.high)
+    return "" if same else f"{bounds} over thirds of the window"
 
 
 def _separation(view: RunView) -> Cell:
