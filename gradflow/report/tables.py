@@ -238,9 +238,8 @@ def _separation(view: RunView) -> Cell:
     if phases is None:
         return _cell(MISSING, predicted)
     if phases.changing:
-        return _cell(
-            f"about {number(phases.separation, 2)}", "of a rate that is not constant", predicted
-        )
+        about = number(float(f"{phases.separation:.2g}"))  # number() keeps all digits of 2288
+        return _cell(f"about {about}", "of a rate that is not constant", predicted)
     return _cell(with_error(phases.separation, phases.separation_error), predicted)
 
 

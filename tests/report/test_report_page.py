@@ -242,12 +242,12 @@ def test_an_optimization_rate_that_is_not_constant_is_printed_as_its_parts(make_
     sgd = result.runs["sgd"]
     assert sgd.phases is not None
     parts = {"optimization_rate_constant": False, "optimization_rate_local": (6.0, 5.0, 4.25)}
-    sgd = replace(sgd, phases=replace(sgd.phases, **parts))
+    sgd = replace(sgd, phases=replace(sgd.phases, **parts, separation=2288.0))
     result = replace(result, runs={**result.runs, "sgd": sgd})
     row = next(row for row in phase_rows(result) if row.run == "Label noise, SGD")
     assert row.cells[1].value == "not constant: 6 → 5 → 4.25"
     assert row.cells[1].below == ("mean 4.5", "predicted 4.47")
-    assert row.cells[3].value == "about 360"
+    assert row.cells[3].value == "about 2300"
     assert row.cells[3].below[0] == "of a rate that is not constant"
 
 
