@@ -198,7 +198,9 @@ def checked_velocity(owner: str, velocity: Sequence[Any] | None) -> Weights | No
     try:
         layers = tuple(as_floats(v) for v in velocity)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{owner}.velocity must be a list with one array a layer.") from error
+        raise TypeError(
+            f"{owner}.velocity must be a list with one array of real numbers a layer."
+        ) from error
     for i, layer in enumerate(layers, start=1):
         if layer.ndim != 2 or not (is_traced(layer) or np.all(np.isfinite(layer))):
             raise ValueError(

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from scipy.optimize import root_scalar
 
-from gradflow.backend.tracing import float_of
+from gradflow.backend.tracing import float_of, is_complex
 from gradflow.network import DeepLinear
 
 Widths: TypeAlias = Sequence[SupportsIndex]
@@ -304,6 +304,11 @@ def _checked_numbers(target: object) -> Float[np.ndarray, "..."]:
         raise ValueError(
             "init.target: is a masked array, whose mask would be lost; give a full matrix, such as "
             "target.filled(0.0)."
+        )
+    if is_complex(target):
+        raise TypeError(
+            "init.target: needs real numbers, got complex ones; give their real part if the "
+            "imaginary one is 0."
         )
     try:
         return np.asarray(target, dtype=np.float64)

@@ -87,7 +87,8 @@ def loss(net: DeepLinear, data: Regression) -> Scalar:
     A mean over the samples of a finite sample, an expectation for population data; a loss without
     the 1/2 is a step size of twice the size.
 
-    **Raises:** `ValueError` if the widths of network and data differ.
+    **Raises:** `TypeError` for a `Problem`, of which `averaged_loss` is the loss, or anything else
+    that is no network or no data; `ValueError` if the widths of network and data differ.
     """
     _check_match(net, data)
     return moment_loss(net.end_to_end, data.sxx, data.syx, data.syy)
@@ -96,9 +97,11 @@ def loss(net: DeepLinear, data: Regression) -> Scalar:
 def gradient(net: DeepLinear, data: Regression) -> Weights:
     r"""The gradient of `loss` with respect to every layer, $g_i = A_i^\top M B_i^\top$.
 
-    **Raises:** `ValueError` if the widths of network and data differ.
+    **Raises:** `TypeError` for a `Problem`, of which `averaged_loss` is the loss, or anything else
+    that is no network or no data; `ValueError` if the widths of network and data differ.
     """
-    return pull_back(net.weights, end_to_end_gradient(net, data))
+    m = end_to_end_gradient(net, data)
+    return pull_back(net.weights, m)
 
 
 def per_sample_gradients(net: DeepLinear, data: Regression) -> Weights:
@@ -121,4 +124,19 @@ def per_sample_gradients(net: DeepLinear, data: Regression) -> Weights:
 
 
 def _check_match(net: DeepLinear, data: Regression) -> None:
+    swapped = (
+        " Functions of both take the network first, then the data."
+        if isinstance(net, Regression)
+        else ""
+    )
+    if not isinstance(net, DeepLinear):
+        raise TypeError(f"net must be a DeepLinear; got {type(net).__name__}.{swapped}")
+    if not isinstance(data, Regression):
+        fix = ""
+        if isinstance(getattr(data, "data", None), Regression):
+            fix = (
+                " Give problem.data for the loss of the data alone; that with the regularizers is "
+                "problem.averaged_loss(net.weights), its gradient problem.averaged_gradient."
+            )
+        raise TypeError(f"data must be a Regression; got {type(data).__name__}.{fix}")
     check_fit("net: widths", net.widths, data.d_in, data.d_out)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gradflow.backend.products import product
-from gradflow.backend.tracing import as_floats, is_traced
+from gradflow.backend.tracing import as_floats, is_complex, is_traced
 from gradflow.backend.types import EndToEnd, Weights
 
 
@@ -24,7 +24,7 @@ class DeepLinear(eqx.Module):
         `(d_i, d_{i-1})`. Any depth $N \ge 1$, any widths $\ge 1$.
 
     **Raises:** `ValueError` if there is no layer, a layer is not a matrix, neighbouring shapes do
-    not match, or (for concrete arrays) an entry is not finite.
+    not match, or (for concrete arrays) an entry is not finite; `TypeError` for complex numbers.
     """
 
     weights: Weights
@@ -89,6 +89,11 @@ def _as_layer(i: int, values: Any) -> Float[Array, "..."]:
         raise ValueError(
             f"weights: W_{i} is a masked array, whose mask would be lost; give a full matrix, such "
             "as values.filled(0.0)."
+        )
+    if is_complex(values):
+        raise TypeError(
+            f"weights: W_{i} must be a matrix (d_{i}, d_{i - 1}) of real numbers; got complex "
+            "ones. Give the real part, such as w.real, if the imaginary one is 0."
         )
     try:
         return as_floats(values)

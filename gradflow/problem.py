@@ -100,6 +100,9 @@ class Problem(eqx.Module):
         self.root, self.inverse_root = _roots(data.sxx, values, vectors)
         self.noisy_root, self.noisy_inverse_root = _roots(self.input_moment, noisy, vectors)
 
+    def __repr__(self) -> str:
+        return f"Problem({self.data!r}, [{', '.join(map(repr, self.regularizers))}])"
+
     @property
     def is_stochastic(self) -> bool:
         """Whether discrete training on this problem is random."""

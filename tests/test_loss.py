@@ -162,3 +162,11 @@ def test_derivatives_with_respect_to_the_moments(covariance, std):
     by_sxx, by_syx = jax.grad(value)((data.sxx, data.syx))
     np.testing.assert_allclose(by_sxx, p.T @ c, rtol=1e-13)
     np.testing.assert_allclose(by_syx, -c, rtol=1e-13)
+
+
+def test_what_the_message_about_a_problem_advises():
+    """1/2 mean |2 x - y|^2 by hand, and 1/2 rate |w|^2 more with the regularizer."""
+    data = gf.Regression.from_samples([[1.0], [2.0]], [1.0, 3.0])
+    net, problem = gf.DeepLinear([[[2.0]]]), gf.Problem(data, [gf.WeightDecay(0.5)])
+    assert float(gf.loss(net, problem.data)) == pytest.approx(0.5)
+    assert float(problem.averaged_loss(net.weights)) == pytest.approx(0.5 + 0.25 * 4.0)

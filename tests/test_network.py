@@ -2,8 +2,10 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import reference
 from hypothesis import given
@@ -91,3 +93,33 @@ def test_refused_input():
     net = gf.DeepLinear([np.ones((1, 2))])
     with pytest.raises(ValueError, match=re.escape("must have length d_0 = 2; got shape (3,)")):
         net(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    "layer", [np.array([[1.0 + 0j]]), jnp.array([[1.0j]]), [[1j]], pd.DataFrame([[1j]])]
+)
+def test_complex_layers_are_refused_by_name(layer):
+    with pytest.raises(
+        TypeError, match=re.escape("weights: W_2 must be a matrix (d_2, d_1) of re")
+    ):
+        gf.DeepLinear([[[1.0]], layer])
+    with pytest.raises(TypeError, match=r"W_1 .* complex"):
+        jax.jit(lambda w: gf.DeepLinear([w]).end_to_end)(jnp.array([[1.0j]]))
+
+
+def test_complex_numbers_are_refused_everywhere():
+    net, target = gf.DeepLinear([[[1.0]], [[1.0]]]), np.array([[1.0 + 0j]])
+    for make, name in (
+        (lambda: gf.GradientDescent(np.array(0.1j)), "GradientDescent.step_size"),
+        (lambda: gf.WeightDecay(0.1j), "WeightDecay.rate"),
+        (lambda: gf.LabelNoise(np.complex128(0.1)), "LabelNoise.std"),
+        (lambda: gf.GradientDescent(0.1, velocity=[target, target]), "velocity"),
+        (lambda: gf.init.balanced(target, (1, 1, 1)), "init.target"),
+        (lambda: gf.network_at(net, target, [[[0.0]]]), "p must"),
+        (lambda: gf.network_at(net, [[1.0]], [target]), "g must"),
+        (lambda: jax.jit(lambda t: gf.Regression.whitened(t).syx)(target), "data.target"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            make()
+    with pytest.raises(ValueError, match=r"data\.target: needs real numbers, got complex128"):
+        gf.Regression.whitened(target)

@@ -54,14 +54,40 @@ def local_rates(
     - `samples`: which rows are independent; None for rows without any noise, which differ by size
         alone. A single row with noise cannot tell, and counts as constant.
     """
-    cuts = _cuts(time)
-    slopes = np.stack([_slope(time, values, *ends) for ends in pairwise(cuts)])
+    slopes = local_slopes(time, values, parts_of(time))
+    return compared(slopes, FLAT * scale / float(time[-1] - time[0]), samples)
+
+
+def parts_of(time: Float[np.ndarray, " time"]) -> int:
+    """How many parts a window has: `PARTS`, but halves if there are three times."""
+    return min(PARTS, time.size - 1)
+
+
+def local_slopes(
+    time: Float[np.ndarray, " time"], values: Float[np.ndarray, "row time"], parts: int
+) -> Float[np.ndarray, "part row"]:
+    """The slopes of rows over the parts of a window."""
+    cuts = _cuts(time, parts)
+    return np.stack([_slope(time, values, *ends) for ends in pairwise(cuts)])
+
+
+def compared(
+    slopes: Float[np.ndarray, "part row"], flat: float, samples: IndependentSamples | None
+) -> LocalRates:
+    """The means of slopes over rows, and the test of `local_rates` on them.
+
+    **Arguments:**
+
+    - `slopes`: of the parts of a window, which may differ from row to row.
+    - `flat`: the change of a slope that integration errors make.
+    - `samples`: as in `local_rates`.
+    """
     means = slopes.mean(axis=1)
     found = tuple(map(float, means))
     if samples is not None and samples.count < 2:
         return LocalRates(found, True)
     pairs = [(i, j) for j in range(len(means)) for i in range(j)]
-    least = max(SLIGHT * float(np.abs(means).max()), FLAT * scale / float(time[-1] - time[0]))
+    least = max(SLIGHT * float(np.abs(means).max()), flat)
     for i, j in pairs:
         change, noise = slopes[j] - slopes[i], 0.0
         if samples is not None:
@@ -72,10 +98,9 @@ def local_rates(
     return LocalRates(found, True)
 
 
-def _cuts(time: Float[np.ndarray, " time"]) -> list[int]:
-    """Indices at which the parts begin and end: near thirds, halves if there are three times."""
+def _cuts(time: Float[np.ndarray, " time"], count: int) -> list[int]:
+    """Indices at which the parts begin and end, as evenly in time as saved times allow."""
     last = time.size - 1
-    count = min(PARTS, last)
     inner = np.searchsorted(time, np.linspace(time[0], time[-1], count + 1)[1:-1])
     cuts = [0]
     for part, index in enumerate(inner.tolist(), start=1):

@@ -6,11 +6,19 @@ import numpy as np
 from jaxtyping import Float
 
 from gradflow.analysis.boundary import (
+    NO_FLOOR,
     SLAVED,
     Boundary,
     mean_curves,
     optimization_end,
     read_floor,
+)
+from gradflow.analysis.local_rates import (
+    FLAT,
+    LocalRates,
+    compared,
+    local_slopes,
+    parts_of,
 )
 from gradflow.analysis.rates import FEWEST_POINTS, Rate, decay_rate
 from gradflow.analysis.statistics import (
@@ -22,6 +30,7 @@ from gradflow.analysis.statistics import (
     weighted_line,
 )
 from gradflow.analysis.unmeasured import Unmeasured
+from gradflow.random.antithetic import IndependentSamples
 from gradflow.results.trajectory import Trajectory
 
 DEEPEST = 1e-14
@@ -38,11 +47,14 @@ class Phases:
     - `criterion`: what was compared; `eps`: the relative distance used, larger than asked for
       where noise hides the crossing (see `note`); `floor`: the mean loss floor at that time.
     - `optimization_rate`: rate of the residual, |M| ~ exp(-rate t), per unit flow time, with its
-      error and the window fitted.
+      error and the window fitted; nan (see `note`) where the run does not reach its floor.
+    - `optimization_rate_constant`: False where that rate is seen to change along its window, as
+      while several modes decay: it is then but a mean. `optimization_rate_local`: the rates of
+      thirds of the window, in order.
     - `regularization_rate`: decay rate of the imbalance from `optimization_end` to the last saved
       time; None if it cannot be measured (see `note`).
     - `separation`: optimization rate / regularization rate, the ratio of the time scales; its error
-      means nothing where the regularization rate is not constant (`regularization_rate.constant`).
+      means nothing where one of them is not constant: see `separation_range`.
     - `replicas`: used; `diverged`: left out because they diverged.
     - `reason`: why `optimization_end` is nan; `note`: anything else the reader should know.
     """
@@ -64,6 +76,52 @@ class Phases:
     diverged: int
     reason: str = ""
     note: str = ""
+    optimization_rate_constant: bool = True
+    optimization_rate_local: tuple[float, ...] = ()
+
+    @property
+    def changing(self) -> str:
+        """Which of the two rates are not constant, in words; empty where both are."""
+        slow = self.regularization_rate
+        bent = ["optimization"] * (not self.optimization_rate_constant)
+        bent += ["regularization"] * (slow is not None and not slow.constant)
+        return f"the {bent[0]} rate is" if len(bent) == 1 else "both rates are" if bent else ""
+
+    def optimization_range(self, errors: float) -> tuple[float, float]:
+        """What the optimization rate may be: its error bar, or thirds of its window.
+
+        **Arguments:** `errors`: half the length of the bar, in standard errors.
+        """
+        if not self.optimization_rate_constant:
+            return min(self.optimization_rate_local), max(self.optimization_rate_local)
+        half = errors * self.optimization_rate_error
+        return self.optimization_rate - half, self.optimization_rate + half
+
+    def separation_range(self, errors: float) -> tuple[float, float]:
+        r"""What the ratio of the rates may be.
+
+        The error bar if both are constant. Else from the lowest optimization rate over the highest
+        regularization rate to the highest over the lowest, of thirds of the window for a rate that
+        is not constant, and of the error bar for one that is: no less uncertain than its parts. A
+        rate without an error (one path) counts as exact; nan where the regularization rate is 0 or
+        changes sign.
+
+        **Arguments:** `errors`: half the length of a bar, in standard errors.
+        """
+        slow = self.regularization_rate
+        if slow is None or not self.changing:
+            half = errors * self.separation_error
+            return self.separation - half, self.separation + half
+        half = errors * np.nan_to_num(slow.standard_error)
+        least, most = slow.value - half, slow.value + half
+        if not slow.constant:
+            least, most = min(slow.local), max(slow.local)
+        low, high = self.optimization_range(errors)
+        if np.isnan(low):
+            low = high = self.optimization_rate
+        if not least > 0.0:
+            return float("nan"), float("nan")
+        return min(low / most, low / least), high / least
 
     def __str__(self) -> str:
         if np.isfinite(self.optimization_end):
@@ -73,7 +131,12 @@ class Phases:
             lines = [f"{end} ({self.criterion}, eps = {self.eps:.3g})"]
         else:
             lines = [f"optimization phase has no end: {self.reason}"]
-        if np.isfinite(self.optimization_rate):
+        if not self.optimization_rate_constant:
+            lines.append(
+                f"optimization rate not constant: {self._shown_local()} over thirds of the window, "
+                f"mean {self.optimization_rate:.4g} per unit flow time"
+            )
+        elif np.isfinite(self.optimization_rate):
             error = self.optimization_rate_error
             spread = f" +- {error:.2g}" if np.isfinite(error) else ""
             rate = f"{self.optimization_rate:.6g}{spread}"
@@ -88,10 +151,13 @@ class Phases:
             lines.append(f"note: {self.note}")
         return "\n".join(lines)
 
+    def _shown_local(self) -> str:
+        return str(LocalRates(self.optimization_rate_local, self.optimization_rate_constant))
+
     def _shown_separation(self) -> str:
         """The ratio, with an error only if the two rates are constants."""
-        if self.regularization_rate is not None and not self.regularization_rate.constant:
-            return f"about {self.separation:.2g}: the regularization rate is not constant"
+        if self.changing:
+            return f"about {self.separation:.2g}: {self.changing} not constant"
         error = self.separation_error
         spread = f" +- {error:.2g}" if np.isfinite(error) else ""
         return f"{self.separation:.6g}{spread}"
@@ -107,7 +173,8 @@ def phases(trajectory: Trajectory, eps: float = 0.1, confidence: float = 0.95) -
     The optimization rate is that of the residual: of $|M - M_{slow}|$, or half that of
     $E L_{exc} - E L_{floor}$, where these lie between 0.3 times their initial value (less if the
     descent is deep: its lower half on a logarithmic scale) and the larger of the floor times
-    $\epsilon$ and three standard errors.
+    $\epsilon$ and three standard errors. While several modes decay it falls along this window: see
+    `optimization_rate_constant`. A run that does not reach its floor has no such rate.
 
     With noise the crossing is read off a fit of the approach, since the first saved time below
     $1+\epsilon$ is early by chance. If one standard error of the mean on the floor exceeds `eps`,
@@ -130,6 +197,8 @@ def phases(trajectory: Trajectory, eps: float = 0.1, confidence: float = 0.95) -
     """
     boundary = optimization_end(trajectory, eps, confidence)
     fast = _approach(trajectory, boundary)
+    if not np.isfinite(boundary.time) and boundary.reason != NO_FLOOR:
+        fast = _no_approach("the run does not reach its floor, so what it approaches is not known")
     slow, trouble = _regularization_rate(trajectory, boundary, confidence)
     separation = separation_error = float("nan")
     if slow is not None and slow.value > 0.0:
@@ -154,16 +223,19 @@ def phases(trajectory: Trajectory, eps: float = 0.1, confidence: float = 0.95) -
         diverged=boundary.diverged,
         reason=boundary.reason,
         note="; ".join(filter(None, [boundary.note, fast.note, trouble])),
+        optimization_rate_constant=fast.local.constant,
+        optimization_rate_local=fast.local.values,
     )
 
 
 @dataclass(frozen=True)
 class _Approach:
-    """Rate of the residual, its error, the flow times fitted, and why there is none."""
+    """Rate of the residual, its error, the flow times fitted, its parts, and why there is none."""
 
     rate: float
     error: float
     window: tuple[float, float]
+    local: LocalRates
     note: str = ""
 
 
@@ -189,11 +261,27 @@ def _approach(trajectory: Trajectory, boundary: Boundary) -> _Approach:
     cut = np.maximum(eps * curves.floor[0], np.maximum(noise, deepest * distance[0, 0]))
     used = _descent(distance[0], cut)
     if used is None:
-        return _no_approach()
+        return _no_approach(_TOO_FEW)
     time = excess.time[used]
     rates = -0.5 * _log_slopes(time, distance[:, used])
     error = float(curves.error(rates))
-    return _Approach(float(rates[0]), error, (float(time[0]), float(time[-1])))
+    local = _local_of_mean(time, distance[:, used])
+    return _Approach(float(rates[0]), error, (float(time[0]), float(time[-1])), local)
+
+
+def _local_of_mean(
+    time: Float[np.ndarray, " time"], level: Float[np.ndarray, "row time"]
+) -> LocalRates:
+    """The rates of parts of the window of a mean, from jackknife pseudo-values."""
+    logs = np.log(np.where(level > 0.0, level, np.nan))
+    slopes = -0.5 * local_slopes(time, logs, parts_of(time))
+    groups = level.shape[0] - 1
+    if groups < 2 or not np.isfinite(slopes).all():
+        return LocalRates(tuple(map(float, slopes[:, 0])), True)
+    values = groups * slopes[:, :1] - (groups - 1) * slopes[:, 1:]
+    flat = FLAT / float(time[-1] - time[0])
+    found = compared(values, flat, IndependentSamples(np.ones(groups, bool)))
+    return LocalRates(tuple(map(float, slopes[:, 0])), found.constant)
 
 
 def _of_paths(
@@ -204,26 +292,32 @@ def _of_paths(
 ) -> _Approach:
     """Mean over paths without noise; each has a window of its own."""
     time = paths.time
-    rates, starts, stops = [], [], []
-    for path, least in zip(level, cut, strict=True):
-        used = _descent(path, least)
-        if used is None:
-            return _no_approach()
-        rates.append(-factor * _log_slopes(time[used], path[None, used])[0])
-        starts.append(float(time[used][0]))
-        stops.append(float(time[used][-1]))
-    rate, error, _, _ = mean_with_error(np.array(rates), paths.samples, 0.95)
-    return _Approach(rate, error, (min(starts), max(stops)))
+    windows = [_descent(path, least) for path, least in zip(level, cut, strict=True)]
+    fitted = [
+        (time[used], path[None, used]) for used, path in zip(windows, level, strict=True) if used
+    ]
+    if len(fitted) < len(windows):
+        return _no_approach(_TOO_FEW)
+    rates = np.array([-factor * _log_slopes(*one)[0] for one in fitted])
+    rate, error, _, _ = mean_with_error(rates, paths.samples, 0.95)
+    parts = min(parts_of(when) for when, _ in fitted)
+    slopes = [-factor * local_slopes(when, np.log(path), parts)[:, 0] for when, path in fitted]
+    flat = FLAT / min(float(when[-1] - when[0]) for when, _ in fitted)
+    local = compared(np.stack(slopes, axis=1), flat, None)
+    starts, stops = zip(*((float(when[0]), float(when[-1])) for when, _ in fitted), strict=True)
+    return _Approach(rate, error, (min(starts), max(stops)), local)
 
 
-def _no_approach() -> _Approach:
+_TOO_FEW = (
+    f"fewer than {FEWEST_POINTS} saved times lie on the exponential approach to the floor; save "
+    "more times early (log spacing), or start further from the floor"
+)
+
+
+def _no_approach(why: str) -> _Approach:
     nan = float("nan")
-    note = (
-        f"no optimization rate: fewer than {FEWEST_POINTS} saved times lie on the exponential "
-        "approach to the floor; save more times early (log spacing), or start further from the "
-        "floor"
-    )
-    return _Approach(nan, nan, (nan, nan), note)
+    window, local = (nan, nan), LocalRates((), True)
+    return _Approach(nan, nan, window, local, f"no optimization rate: {why}")
 
 
 def _descent(level: Float[np.ndarray, " time"], cut: Float[np.ndarray, " time"]) -> slice | None:

@@ -23,6 +23,8 @@ def as_floats(values: Any) -> Array:
 
     **Raises:** `TypeError` or `ValueError` if they are not real numbers in a rectangular array.
     """
+    if is_complex(values):
+        raise TypeError("needs real numbers; got complex ones, whose imaginary part would be lost")
     dtype = jnp.result_type(float)
     if is_traced(values):
         return jnp.asarray(values, dtype)
@@ -30,6 +32,16 @@ def as_floats(values: Any) -> Array:
         values = float_of(values)
     with jax.ensure_compile_time_eval():
         return jnp.asarray(values, dtype)
+
+
+def is_complex(values: Any) -> bool:
+    """Whether any of the numbers is complex, even where its imaginary part is 0."""
+    if hasattr(values, "to_numpy"):  # a table of pandas
+        values = values.to_numpy()
+    return any(
+        isinstance(leaf, complex) or getattr(getattr(leaf, "dtype", None), "kind", "") == "c"
+        for leaf in jax.tree.leaves(values)
+    )
 
 
 def float_of(number: Any) -> float:

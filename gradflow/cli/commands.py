@@ -52,6 +52,7 @@ _PREDICTED = (
     "Largest h,\nmean square",
 )
 _REFUSED = "see below"
+_ARROWS = "→: not one number, but over the thirds of the window"
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,8 @@ def _summarize(result: StudyResult, console: Console, *, with_orders: bool) -> N
         console.print(f"{orders.orders}\n", markup=False, highlight=False)
     if result.claims:
         console.print(_table(result, with_rules=console.width >= _WIDE))
+        if any(claim.parts for claim in result.claims):
+            console.print(_ARROWS, style="dim", highlight=False)
         console.print(summary(result), highlight=False)
     page = result.out / "report.html"
     where = f"Report: {page}" if page.is_file() else f"Results: {result.out}"

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Array, Float
 
-from gradflow.backend.tracing import as_floats, is_traced
+from gradflow.backend.tracing import as_floats, is_complex, is_traced
 
 MatrixLike: TypeAlias = Any
 """Numbers, nested lists, NumPy or JAX arrays, pandas objects; converted to a float64 array."""
@@ -195,6 +195,10 @@ def _numbers(value: MatrixLike, field: str) -> Float[Given, "..."]:
         )
     try:
         if is_traced(value):
+            if is_complex(value):
+                raise TypeError(
+                    f"{field}: needs real numbers, got complex entries; give their real part."
+                )
             return as_floats(value)
         array = np.asarray(value)
     except ValueError as error:

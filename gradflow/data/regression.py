@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
@@ -364,6 +365,16 @@ class Regression(eqx.Module):
             is_white=not is_traced(sxx) and np.array_equal(sxx, np.eye(len(sxx))),
         )
 
+    def __repr__(self) -> str:
+        if getattr(self.syx, "ndim", None) != 2:  # a stack of data, or what JAX makes of its fields
+            return super().__repr__()
+        rows = "Gaussian population" if self.x is None else _count(self.x.shape[0], "row")
+        sizes = f"{_count(self.d_in, 'input')}, {_count(self.d_out, 'target')}"
+        root, least = self.residual_sqrt, "traced"
+        if isinstance(root, jax.Array | np.ndarray) and not is_traced(root):
+            least = f"{0.5 * float(np.sum(np.asarray(root) ** 2)):.4g}"
+        return f"Regression({rows}, {sizes}, least loss {least})"
+
     @property
     def d_in(self) -> int:
         """Number of inputs $d_0$."""
@@ -442,6 +453,10 @@ class Regression(eqx.Module):
             "input_names": list(self.input_names),
             "target_names": list(self.target_names),
         }
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _check_shape(matrix: Given, shape: tuple[int, ...], field: str, other: str) -> None:

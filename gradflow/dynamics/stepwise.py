@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int
 
-from gradflow.backend.tracing import is_traced
+from gradflow.backend.tracing import is_complex, is_traced
 from gradflow.backend.types import Scalar, Weights
 from gradflow.checks import MOST_COUNTED
 
@@ -44,6 +44,8 @@ def step_numbers(
             "to a time is not known; give steps=[...]."
         )
     try:
+        if is_complex(values):
+            raise TypeError("complex numbers")
         numbers = np.atleast_1d(np.asarray(values, dtype=float))
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name} must be a list of numbers; got {values!r}.") from error

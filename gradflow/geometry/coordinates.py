@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gradflow.backend.compiled import compiled
+from gradflow.backend.tracing import is_complex
 from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.geometry.base import check_network
 from gradflow.geometry.imbalance import gram_differences
@@ -114,6 +115,9 @@ def _solve(weights: Weights, target: Coordinates) -> tuple[Weights, Scalar]:
 
 
 def _checked(near: DeepLinear, p: Any, g: Sequence[Any]) -> Coordinates:
+    for name, given in (("p", p), ("g", list(g))):
+        if is_complex(given):
+            raise TypeError(f"{name} must hold real numbers; got complex ones.")
     end = jnp.asarray(p, jnp.result_type(float))
     shape = (near.widths[-1], near.widths[0])
     if end.shape != shape or not bool(jnp.all(jnp.isfinite(end))):

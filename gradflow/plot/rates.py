@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,11 @@ _NORMAL_95 = 1.959964
 
 @dataclass(frozen=True)
 class _Row:
-    """One run: measured value with its 95 % interval, the prediction, or why there is none."""
+    """One run: measured value with its bar, the prediction, or why there is none.
+
+    `sampled`: whether the bar is a 95 % interval; else it spans thirds of the window. `mixed`:
+    both, a ratio of such and such. `constant`: whether it is one number at all.
+    """
 
     measured: float
     low: float
@@ -37,6 +41,8 @@ class _Row:
     predicted: float
     reason: str
     constant: bool = True
+    sampled: bool = True
+    mixed: bool = False
 
 
 def draw_rates(
@@ -48,6 +54,9 @@ def draw_rates(
 ) -> Drawing:
     """Draws measured rates with 95 % intervals against predicted ones, one row for each run.
 
+    A dotted bar spans thirds of the window: of a rate that is not constant, and of one path, which
+    has no interval. That of a ratio takes in the interval of a part that has one.
+
     One panel for each of ``quantities``: ``optimization_rate`` (how fast the excess loss
     decays), ``regularization_rate`` (how fast the imbalance decays afterwards) and ``separation``
     (their ratio). A run without a rate says why.
@@ -58,10 +67,12 @@ def draw_rates(
     - `title`, `caption`: texts above and below; the caption has a default.
     """
     table = {quantity: [_row(view, quantity) for view in views] for quantity in quantities}
-    marks = _handles()
+    marks = _handles(row for rows in table.values() for row in rows)
     lines = sum(_row_label(view).count("\n") + 1.6 for view in views)
     panel = 0.16 * max(lines, 4.0) + 0.75
-    figure = new_figure(panel * len(quantities) + 0.45 + legend_height(marks, []), title)
+    figure = new_figure(
+        panel * len(quantities) + 0.45 + legend_height(marks[:-1], marks[-1:]), title
+    )
     panels = figure.subplots(len(quantities), 1, squeeze=False)[:, 0]
     for axes, quantity in zip(panels, quantities, strict=True):
         _draw_panel(axes, views, table[quantity])
@@ -70,7 +81,7 @@ def draw_rates(
         axes.set_yticks(range(len(views)), [_row_label(view) for view in views])
         axes.set_ylim(len(views) - 0.4, -0.6)
     figure.align_ylabels(panels)
-    legend_below(figure, marks[:1], marks[1:])
+    legend_below(figure, marks[:-1], marks[-1:])
     return Drawing(figure, _caption(views, table, caption))
 
 
@@ -83,7 +94,8 @@ def _row_label(view: RunView) -> str:
 def _row(view: RunView, quantity: str) -> _Row:
     """Reads one quantity of one run."""
     phases, rate, prediction = view.run.phases, view.run.rate, view.run.prediction
-    measured, low, high, constant = math.nan, math.nan, math.nan, True
+    measured, low, high = math.nan, math.nan, math.nan
+    constant, sampled, mixed = True, True, False
     remarks = view.run.notes if phases is None else (phases.reason, phases.note)
     reason = "; ".join(text for text in remarks if text)
     if view.is_slow and quantity != "regularization_rate":
@@ -91,24 +103,26 @@ def _row(view: RunView, quantity: str) -> _Row:
     if quantity == "regularization_rate":
         if rate is not None:
             measured, low, high = rate.value, rate.low, rate.high
+            sampled = math.isfinite(rate.standard_error)
             if not rate.constant:
                 low, high, constant = min(rate.local), max(rate.local), False
+            elif not sampled and number(low) == number(high):
+                low = high = math.nan  # to the digits shown the thirds are the same
         predicted = math.nan if prediction is None else prediction.imbalance_rate
     elif quantity == "optimization_rate":
         if phases is not None:
-            measured, error = phases.optimization_rate, phases.optimization_rate_error
-            low, high = measured - _NORMAL_95 * error, measured + _NORMAL_95 * error
+            measured, constant = phases.optimization_rate, phases.optimization_rate_constant
+            low, high = phases.optimization_range(_NORMAL_95)
         predicted = math.nan if prediction is None else prediction.optimization_rate
     else:
         if phases is not None:
-            measured, error = phases.separation, phases.separation_error
-            low, high = measured - _NORMAL_95 * error, measured + _NORMAL_95 * error
-            slow = phases.regularization_rate
-            if slow is not None and not slow.constant and min(slow.local) > 0.0:
-                constant = False
-                low, high = (phases.optimization_rate / f(slow.local) for f in (max, min))
+            measured, constant = phases.separation, not phases.changing
+            low, high = phases.separation_range(_NORMAL_95)
+            mixed = not constant and math.isfinite(phases.separation_error)
         predicted = math.nan if prediction is None else prediction.separation
-    return _Row(measured, low, high, predicted, reason or "not measured", constant)
+    sampled = sampled and constant
+    reason = reason or "not measured"
+    return _Row(measured, low, high, predicted, reason, constant, sampled, mixed)
 
 
 def _draw_panel(axes: Axes, views: Sequence[RunView], rows: Sequence[_Row]) -> None:
@@ -122,7 +136,7 @@ def _draw_panel(axes: Axes, views: Sequence[RunView], rows: Sequence[_Row]) -> N
         if math.isfinite(row.measured):
             colour = shaded(view.colour, -0.1)
             if math.isfinite(row.low) and math.isfinite(row.high):
-                axes.plot([row.low, row.high], [y, y], color=colour, lw=2.2, zorder=4)
+                axes.plot([row.low, row.high], [y, y], zorder=4, **_bar(colour, row.sampled))
             axes.plot(row.measured, y, zorder=5, **_measured(colour))
     if values.size:
         _set_limits(axes, float(values.min()), float(values.max()), wide)
@@ -191,16 +205,39 @@ def _predicted(colour: str) -> dict[str, Any]:
     }
 
 
-def _handles() -> list[Line2D]:
-    return [
-        Line2D([], [], label="measured, 95 % interval", **{**_measured(MUTED), "linestyle": "-"}),
-        Line2D([], [], label="predicted", **{**_predicted(INK), "markersize": 10.0}),
-    ]
+def _bar(colour: str, sampled: bool) -> dict[str, Any]:
+    """The look of a bar: drawn through where it is a 95 % interval."""
+    return {"color": colour, "lw": 2.2, "linestyle": "-" if sampled else (0, (1.0, 0.8))}
+
+
+def _handles(rows: Iterable[_Row]) -> list[Line2D]:
+    """The legend: what is measured first, then what is predicted."""
+    drawn = [row for row in rows if math.isfinite(row.measured)]
+    barred = [row for row in drawn if math.isfinite(row.low) and math.isfinite(row.high)]
+    spread = "not constant, or one path: over thirds of the window"
+    if any(row.mixed for row in barred):
+        spread += "; a ratio: with the 95 % of its parts"
+    sampled = "measured, 95 % interval" if any(row.sampled for row in barred) else "measured"
+    marks = [Line2D([], [], label=sampled, **{**_measured(MUTED), **_bar(MUTED, True)})]
+    if not all(row.sampled for row in barred):
+        marks.append(Line2D([], [], label=spread, **{**_measured(MUTED), **_bar(MUTED, False)}))
+    marks.append(Line2D([], [], label="predicted", **{**_predicted(INK), "markersize": 10.0}))
+    return marks
 
 
 def _caption(views: Sequence[RunView], table: dict[str, list[_Row]], caption: str) -> str:
+    spread = any(
+        row.constant and not row.sampled and math.isfinite(row.low)
+        for rows in table.values()
+        for row in rows
+    )
     single = any(
-        math.isfinite(row.measured) and not math.isfinite(row.low)
+        math.isfinite(row.measured) and row.constant and not math.isfinite(row.low)
+        for rows in table.values()
+        for row in rows
+    )
+    unbounded = any(
+        math.isfinite(row.measured) and not row.constant and not math.isfinite(row.low)
         for rows in table.values()
         for row in rows
     )
@@ -219,10 +256,15 @@ def _caption(views: Sequence[RunView], table: dict[str, list[_Row]], caption: st
     return sentence(
         caption or "Measured rates against the predictions of theory, one row for each run.",
         *sorted(cut),
-        f"The rate is not constant along {', '.join(changing)}: there the bar spans thirds of the "
-        "window, and the prediction is that at its start."
+        f"The rate is not constant along {', '.join(changing)}: there the dotted bar spans thirds "
+        "of the window (that of a ratio also the 95 % interval of the rate that is constant), and "
+        "the prediction is that at its start."
         if changing
         else "",
+        "A dotted bar of one path spans the rates over thirds of the window." if spread else "",
         "A dot without a bar comes from one deterministic path." if single else "",
+        "A ratio that is not constant has no bar where its lower rate may be 0."
+        if unbounded
+        else "",
         divergence_note(views),
     )

@@ -11,18 +11,37 @@ and on the gradient. The faces of any combination are assembled from these piece
 """
 
 import abc
+import dataclasses
 import itertools
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from gradflow.backend.products import product
+from gradflow.backend.tracing import is_traced
 from gradflow.backend.types import EndToEnd, Scalar, Weights
 from gradflow.data import Regression
 from gradflow.kinds import Kinds
 from gradflow.random.streams import Stream
+
+
+def _shown(value: Any) -> str:
+    """A setting as text: the number of an array that holds one, or why there is none."""
+    if is_traced(value):
+        return "traced"
+    if isinstance(value, jax.Array | np.ndarray | np.generic | float):
+        array = np.asarray(value)
+        return f"{array.item():.6g}" if array.size == 1 else f"array of shape {array.shape}"
+    return getattr(value, "__name__", type(value).__name__) if callable(value) else repr(value)
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    plain = isinstance(value, str | bool | int | tuple | type(None))
+    return plain and type(field.default) is type(value) and field.default == value
 
 
 class NoiseMoments(eqx.Module):
@@ -63,6 +82,11 @@ class AbstractRegularizer(eqx.Module):
     choose a program. Every method is compiled, so it is written in `jax.numpy`. What it needs
     beyond one path's arrays it gets as arguments. docs/regularizers.md has examples.
     """
+
+    def __repr__(self) -> str:
+        settings = [(field, getattr(self, field.name, None)) for field in dataclasses.fields(self)]
+        shown = [f"{f.name}={_shown(value)}" for f, value in settings if not _is_default(f, value)]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     @abc.abstractmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 from gradflow.analysis.comparison.against_theory import compared_rates
 from gradflow.analysis.convergence.results import OrderRow
+from gradflow.analysis.rates import Rate
 from gradflow.plot.formatting import (
     MISSING,
     arrows,
@@ -195,8 +196,12 @@ def _optimization_rate(view: RunView) -> Cell:
     if phases is None:
         return _cell(MISSING, predicted)
     rate = phases.optimization_rate
+    effective = _effective(view, rate * view.pace)
+    if not phases.optimization_rate_constant:
+        local = not_constant(phases.optimization_rate_local)
+        return _cell(local, f"mean {number(rate)}", predicted, effective)
     measured = with_error(rate, phases.optimization_rate_error)
-    return _cell(measured, predicted, _effective(view, rate * view.pace))
+    return _cell(measured, predicted, effective)
 
 
 def _decay(view: RunView) -> Cell:
@@ -211,10 +216,20 @@ def _decay(view: RunView) -> Cell:
         at_start = f"{predicted} at its start" if predicted else ""
         below = mean, followed, at_start, _effective(view, rate.value * view.pace)
         return _cell(not_constant(rate.local), *below)
-    bounds = interval(rate.low, rate.high)
-    bounds = "" if bounds == MISSING else f"{100 * rate.confidence:g}\u00a0% {bounds}"
+    bounds = _bounds(rate)
     measured = with_error(rate.value, rate.standard_error)
     return _cell(measured, bounds, predicted, _effective(view, rate.value * view.pace))
+
+
+def _bounds(rate: Rate) -> str:
+    """The interval of a rate; of one path, which has none, how far its thirds differ if they do."""
+    bounds = interval(rate.low, rate.high)
+    if bounds == MISSING:
+        return ""
+    if math.isfinite(rate.standard_error):
+        return f"{100 * rate.confidence:g}\u00a0% {bounds}"
+    same = number(rate.low) == number(rate.high)
+    return "" if same else f"{bounds} over thirds of the window"
 
 
 def _separation(view: RunView) -> Cell:
@@ -222,11 +237,9 @@ def _separation(view: RunView) -> Cell:
     predicted = _predicted(None if prediction is None else prediction.separation)
     if phases is None:
         return _cell(MISSING, predicted)
-    rate = phases.regularization_rate
-    if rate is not None and not rate.constant:
-        return _cell(
-            f"about {number(phases.separation, 2)}", "of a rate that is not constant", predicted
-        )
+    if phases.changing:
+        about = number(float(f"{phases.separation:.2g}"))  # number() keeps all digits of 2288
+        return _cell(f"about {about}", "of a rate that is not constant", predicted)
     return _cell(with_error(phases.separation, phases.separation_error), predicted)
 
 

@@ -106,10 +106,18 @@ class AbstractResult(abc.ABC):
         The file holds the results, the data, the initial weights, the seed and the settings:
         `gradflow.repeat` runs what `load` brings back again.
 
+        The folder is made if only it is missing.
+
         **Raises:** `ValueError` if the run used a dynamics, solver or regularizer from elsewhere,
-        which a file cannot bring back.
+        which a file cannot bring back; `FileNotFoundError` if more than one folder is missing.
         """
         path = Path(path)
+        folder = path.parent
+        if not (folder.is_dir() or folder.parent.is_dir()):
+            raise FileNotFoundError(
+                f"path: there is no folder {folder.parent} to make {folder.name} in; correct the "
+                f"path, or make it with Path({str(folder)!r}).mkdir(parents=True)."
+            )
         for part in (self.dynamics, *self.problem.regularizers):
             check_rebuilds(part)
         packed = self._dataset.copy()

@@ -233,8 +233,9 @@ def test_a_run_that_is_too_short_says_how_far_it_got(make_run):
     assert reached == pytest.approx(1.0 + 99.0 * np.exp(-3.0), rel=0.2)
     assert "run longer" in found.reason
     assert found.regularization_rate is None
-    assert found.optimization_rate == pytest.approx(1.0, rel=0.1)
+    assert np.isnan(found.optimization_rate)
     assert "optimization phase has no end" in str(found)
+    assert "no optimization rate: the run does not reach its floor" in str(found)
 
 
 def test_without_a_floor_there_is_no_regularization_phase(make_run):
@@ -371,3 +372,75 @@ def test_a_phase_whose_rate_changes_says_so_and_gives_the_ratio_no_error(make_ru
     assert not found.regularization_rate.constant
     assert "decay rate of imbalance: not constant" in str(found)
     assert "the regularization rate is not constant" in str(found)
+
+
+def two_modes(time, fast=3.0, slow=1.0, share=0.01):
+    """A residual of two modes, and the rate at which it falls."""
+    quick, late = np.exp(-fast * time), share * np.exp(-slow * time)
+    return quick + late, (fast * quick + slow * late) / (quick + late)
+
+
+def on_a_slaved_floor(deviation, floor=0.01, rate=0.02):
+    return {
+        "slaved_deviation": deviation,
+        "slaved_residual": np.full_like(deviation, floor),
+        "imbalance": np.exp(-rate * TIME) * np.ones_like(deviation),
+    }
+
+
+@pytest.mark.parametrize("heights", [None, [1.0, 2.0, 5.0]], ids=["one path", "three starts"])
+def test_while_two_modes_decay_the_optimization_rate_is_not_constant(make_run, heights):
+    deviation, _ = two_modes(TIME)
+    if heights is not None:
+        deviation = np.array(heights)[:, None] * deviation
+    found = phases(make_run(TIME, on_a_slaved_floor(deviation), **DECAY))
+    assert not found.optimization_rate_constant
+    first, _, last = found.optimization_rate_local
+    start, stop = (two_modes(np.array(t))[1] for t in found.optimization_rate_window)
+    assert start > first > found.optimization_rate > last > stop > 1.0
+    shown = str(found)
+    assert f"optimization rate not constant: {first:.4g} → " in shown
+    assert "the optimization rate is not constant" in shown.splitlines()[-1]
+    assert "+-" not in shown.splitlines()[-1]
+    if heights is None:  # the window of the last third, from its definition
+        low, high = found.optimization_rate_window
+        third = np.linspace(high - (high - low) / 3, high, 50)
+        assert last == pytest.approx(two_modes(third)[1].mean(), rel=0.02)
+
+
+@pytest.mark.parametrize("heights", [None, [1.0, 2.0, 5.0]], ids=["one path", "three starts"])
+def test_one_mode_has_a_constant_optimization_rate(make_run, heights):
+    deviation = np.exp(-2.0 * TIME)
+    if heights is not None:
+        deviation = np.array(heights)[:, None] * deviation
+    found = phases(make_run(TIME, on_a_slaved_floor(deviation), **DECAY))
+    assert found.optimization_rate_constant
+    assert found.optimization_rate_local == pytest.approx((2.0,) * 3, rel=1e-9)
+    assert "optimization rate 2 " in str(found)
+
+
+def test_many_noisy_replicas_see_that_the_optimization_rate_changes(make_run):
+    # The mean excess above its floor is that of the two modes, squared.
+    rng, (deviation, _) = np.random.default_rng(21), two_modes(TIME)
+    noise = 1.0 + 0.02 * rng.standard_normal((64, TIME.size))
+    variables = {
+        "excess_loss": deviation**2 / 2 * noise + 5e-6,
+        "loss_floor": np.full((64, TIME.size), 5e-6),
+        "imbalance": np.exp(-0.02 * TIME) * np.ones((64, 1)),
+    }
+    found = phases(make_run(TIME, variables))
+    assert not found.optimization_rate_constant
+    start, stop = (two_modes(np.array(t))[1] for t in found.optimization_rate_window)
+    assert 1.02 * start > found.optimization_rate_local[0]
+    assert found.optimization_rate_local[-1] > 0.98 * stop
+    steady = variables | {"excess_loss": np.exp(-4.0 * TIME) / 2 * noise + 5e-6}
+    assert phases(make_run(TIME, steady)).optimization_rate_constant
+
+
+def test_a_run_that_never_reaches_its_floor_has_no_optimization_rate(make_run):
+    # The distance falls to 0.2 of the residual and rises again: a rate of it means nothing.
+    deviation = 0.02 + np.exp(-2.0 * TIME) + 1e-3 * TIME
+    found = phases(make_run(TIME, on_a_slaved_floor(deviation, floor=0.1), **DECAY))
+    assert np.isnan(found.optimization_rate) and np.isnan(found.separation)
+    assert "optimization rate not measured" in str(found)
+    assert "no optimization rate: the run does not reach its floor" in found.note

@@ -117,6 +117,16 @@ def test_a_claim_that_cannot_be_measured_is_undecided_everywhere(folder):
     assert "window=(" not in page + result.stdout
 
 
+def test_values_over_thirds_of_the_window_are_explained(folder):
+    """The imbalance falls as exp(-0.2 t), so its slope does, and is not one number."""
+    text = GOOD.replace("expected = 0.2\ntolerance = 1e-4", "at_most = 0.0")
+    (folder / "slope.toml").write_text(text.replace('quantity = "rate"', 'quantity = "drift"'))
+    told = call("study", "slope.toml", "--out", "here").stdout
+    assert re.search(r"0\.\d+ → .?0\.\d+ → .?0\.\d+", told)
+    assert "→: not one number, but over the thirds of the window" in told
+    assert "→" not in call("study", "good.toml", "--out", "there").stdout
+
+
 def test_bad_input(folder):
     result = call("study", "bad.toml", "good.toml", "nowhere")
     assert result.exit_code == 2

@@ -605,3 +605,21 @@ def test_a_mask_is_not_dropped_in_silence(make, field):
     masked = np.ma.masked_array([[1.0], [1e6]], mask=[[False], [True]])
     with pytest.raises(ValueError, match=f"{field}.* masked array, whose mask would be lost"):
         make(masked)
+
+
+def test_it_is_printed_in_a_few_words():
+    data = gf.Regression.from_samples([[1.0], [1.0]], [[0.0], [1.0]])  # 1/2 mean (1/2)^2 is left
+    assert repr(data) == "Regression(2 rows, 1 input, 1 target, least loss 0.125)"
+    population = gf.Regression.whitened(np.ones((2, 3)), residual=1.5)
+    words = "Regression(Gaussian population, 3 inputs, 2 targets, least loss 1.5)"
+    assert repr(population) == words
+    seen = []
+    jax.jit(lambda d: seen.append(repr(d)) or d.syx)(data)
+    assert seen == ["Regression(2 rows, 1 input, 1 target, least loss traced)"]
+    jax.jit(lambda t: seen.append(repr(gf.Regression.whitened(t))) or t)(np.ones((1, 3)))
+    assert seen[-1] == "Regression(Gaussian population, 3 inputs, 1 target, least loss traced)"
+    jax.jit(lambda t: seen.append(repr(population)) or t)(1.0)
+    assert seen[-1] == words
+    assert repr(jax.eval_shape(lambda d: d, data)).startswith("Regression(2 rows")
+    assert repr(jax.tree.map(lambda _: None, data)).startswith("Regression(")
+    assert repr(jax.tree.map(lambda a: jnp.stack([a, a]), data)).startswith("Regression(")

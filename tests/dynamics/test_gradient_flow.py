@@ -80,6 +80,28 @@ def test_conservative_flow_conserves_to_rounding_and_agrees():
         np.testing.assert_allclose(actual[0], explicit, rtol=0.0, atol=1e-7)
 
 
+def test_what_the_readme_says_of_conservation_from_a_tiny_start():
+    """G_i is 1e-23 at the start, and weights of size 1 at the end round to 2e-16 of |W|^2."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 3))
+    data = gf.Regression.from_samples(x, x @ rng.normal(size=(3, 2)))
+    net = gf.DeepLinear([1e-12 * rng.normal(size=(4, 3)), 1e-12 * rng.normal(size=(2, 4))])
+
+    def moved(**settings: bool) -> tuple[float, float]:
+        flow = gf.GradientFlow(**settings)
+        run = gf.simulate(gf.Problem(data), net, flow, t1=60.0, save=5, progress=False)
+        w1, w2 = run.weights
+        grams = np.swapaxes(w2, 1, 2) @ w2 - w1 @ np.swapaxes(w1, 1, 2)
+        size = float(np.sum(w1[-1] ** 2) + np.sum(w2[-1] ** 2))
+        assert size > 1.0
+        return float(np.abs(grams - grams[0]).max()) / size, float(flow.rtol)
+
+    by_default, rtol = moved()
+    assert 1e-14 < by_default < rtol
+    assert moved(conservative=True)[0] < 1e-14
+    assert moved(stiff=True)[0] < 1e-14
+
+
 def test_composes_in_time():
     whole = tight_run(SHAPES[1])
     middle = whole.network(2)

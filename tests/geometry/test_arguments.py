@@ -35,6 +35,10 @@ PROGRAM = """
     calls += [(gf.sharpness, (gf.flattest_minimum(data, [2, 2, 2]), data))]
     calls += [(gf.extreme_eigenvalues, (net, data, 1.5))]
     calls += [(gf.GradientDescent, ([0.1, 0.2],)), (gf.GradientDescent, ("0.1",))]
+    of_data = [gf.loss, gf.gradient, gf.end_to_end_gradient, gf.per_sample_gradients]
+    problem = gf.Problem(data, [gf.WeightDecay(0.1)])
+    calls += [(f, (data, net)) for f in of_data] + [(f, (net, problem)) for f in of_data]
+    calls += [(gf.loss, (net, [[1.0]]))]
     for function, arguments in calls:
         try:
             options = {"key": None} if function is gf.spectral_density else {}
@@ -64,6 +68,9 @@ EXPECTED = [SWAPPED] * 13 + [
     "ValueError: k must be an integer from 1 to the 8 parameters; got 1.5.",
     "ValueError: GradientDescent.step_size must be a single number; got [0.1, 0.2].",
     "TypeError: GradientDescent.step_size must be a number; got '0.1'.",
+    *[SWAPPED] * 4,
+    *["TypeError: data must be a Regression; got Problem. Give problem.data for the loss of"] * 4,
+    "TypeError: data must be a Regression; got list.",
 ]
 
 

@@ -123,3 +123,17 @@ def test_several_weight_decays_and_label_noises_add_up():
         several.averaged_gradient(net.weights), one.averaged_gradient(net.weights), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-14)
+
+
+def test_it_is_printed_with_its_data_and_the_numbers_of_its_regularizers():
+    data = gf.Regression.whitened([[1.0]])
+    noises = [gf.LabelNoise(0.5), gf.Dropout(0.25, layers=[1]), gf.WeightDecay(1e-3)]
+    inner = "Regression(Gaussian population, 1 input, 1 target, least loss 0)"
+    words = "LabelNoise(std=0.5), Dropout(rate=0.25, layers=(1,)), WeightDecay(rate=0.001)"
+    assert repr(gf.Problem(data, noises)) == f"Problem({inner}, [{words}])"
+    assert repr(gf.Problem(data)) == f"Problem({inner}, [])"
+    penalty = gf.Penalty(lambda weights: 0.0 * weights[0].sum(), name="none")
+    assert repr(penalty) == "Penalty(function=<lambda>, name='none')"
+    seen = []
+    jax.jit(lambda s: seen.append(repr(gf.Problem(data, [gf.LabelNoise(s)]))) or s)(0.1)
+    assert seen == [f"Problem({inner}, [LabelNoise(std=traced)])"]

@@ -4,6 +4,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import matplotlib
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 from matplotlib.patches import Polygon
 from matplotlib.text import Text
+from scipy.stats import norm
 
 from gradflow.plot.drawing import Drawing
 from gradflow.plot.reading import series
@@ -51,6 +54,55 @@ def texts(svg: Path) -> str:
     root = ET.parse(svg).getroot()
     found = root.iter("{http://www.w3.org/2000/svg}text")
     return "\n".join("".join(element.itertext()) for element in found)
+
+
+def with_bent_rates(result: StudyResult, name: str, slow: Any = None, **phases: Any) -> StudyResult:
+    """A study with a run of which one rate is not constant."""
+    run = result.runs[name]
+    assert run.phases is not None and run.rate is not None
+    rate = replace(run.rate, constant=False, local=slow) if slow else run.rate
+    found = replace(run.phases, regularization_rate=rate, **phases)
+    return replace(result, runs={**result.runs, name: replace(run, rate=rate, phases=found)})
+
+
+def bars(axes: Axes) -> list[tuple[float, float, bool]]:
+    """The bars of a panel from the top: their ends, and whether they are drawn through."""
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_lw() > 2]
+    lines.sort(key=lambda line: line.get_ydata()[0])
+    return [(*map(float, line.get_xdata()), line.get_linestyle() == "-") for line in lines]
+
+
+def legend(drawing: Drawing) -> list[str]:
+    return [text.get_text() for text in drawing.figure.legends[0].get_texts()]
+
+
+def test_the_bar_of_a_ratio_is_no_more_certain_than_its_parts(make_study: MakeStudy):
+    # the optimization rate is 4.5 +- 1, the thirds of the other rate go from 0.02 to 0.008
+    slow = (0.02, 0.012, 0.008)
+    result = with_bent_rates(make_study(RATES), "sgd", slow, optimization_rate_error=1.0)
+    drawing = draw(result)
+    fast, decay, ratio = (bars(axes) for axes in drawing.figure.axes)
+    half = norm.ppf(0.975)
+    assert fast[0] == pytest.approx((4.5 - half, 4.5 + half, True), rel=1e-6)
+    assert decay[0] == (0.008, 0.02, False)
+    assert ratio[0] == pytest.approx(((4.5 - half) / 0.02, (4.5 + half) / 0.008, False), rel=1e-6)
+    assert decay[1][2] and ratio[1][2]  # the SDE has intervals of 95 %
+    assert legend(drawing) == [
+        "measured, 95 % interval",
+        "not constant, or one path: over thirds of the window; a ratio: with the 95 % of its parts",
+        "predicted",
+    ]
+
+
+def test_an_optimization_rate_that_is_not_constant_is_drawn_as_such(make_study: MakeStudy):
+    local = {"optimization_rate_constant": False, "optimization_rate_local": (6.0, 5.0, 4.4)}
+    drawing = draw(with_bent_rates(make_study(RATES), "decay", **local))
+    fast, _, ratio = (bars(axes) for axes in drawing.figure.axes)
+    assert fast[-1] == (4.4, 6.0, False)
+    assert ratio[-1] == pytest.approx((4.4 / 0.0202, 6.0 / 0.0202, False))
+    assert "not constant, or one path: over thirds of the window" in legend(drawing)
+    assert "The rate is not constant along Weight decay, flow" in drawing.caption
+    assert legend(draw(make_study(RATES))) == ["measured, 95 % interval", "predicted"]
 
 
 def draw(result: StudyResult, index: int = 0) -> Drawing:

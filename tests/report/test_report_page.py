@@ -11,7 +11,7 @@ import gradflow as gf
 from gradflow.plot.reading import on_common_clock
 from gradflow.report import FigureError, draw_figures, inline, write_page
 from gradflow.report.inline import inline_svg
-from gradflow.report.tables import claim_rows, phase_rows, provenance, summary, tone
+from gradflow.report.tables import Cell, claim_rows, phase_rows, provenance, summary, tone
 from gradflow.report.views import run_views
 from gradflow.study.results import StudyResult
 
@@ -250,6 +250,38 @@ def test_a_rate_that_is_not_constant_is_not_printed_with_an_error(make_study: Ma
     assert page.text.count("0.01263 ± 0.00010") == 1  # that of the SDE
     (figure,) = (file for file in draw_figures(result) if file.name == "rates")
     assert "The rate is not constant along Label noise, SGD" in figure.caption
+
+
+def test_an_optimization_rate_that_is_not_constant_is_printed_as_its_parts(make_study: MakeStudy):
+    result = make_study()
+    sgd = result.runs["sgd"]
+    assert sgd.phases is not None
+    parts = {"optimization_rate_constant": False, "optimization_rate_local": (6.0, 5.0, 4.25)}
+    sgd = replace(sgd, phases=replace(sgd.phases, **parts, separation=2288.0))
+    result = replace(result, runs={**result.runs, "sgd": sgd})
+    row = next(row for row in phase_rows(result) if row.run == "Label noise, SGD")
+    assert row.cells[1].value == "not constant: 6 → 5 → 4.25"
+    assert row.cells[1].below == ("mean 4.5", "predicted 4.47")
+    assert row.cells[3].value == "about 2300"
+    assert row.cells[3].below[0] == "of a rate that is not constant"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "below"),
+    [
+        (0.010000094, 0.010000125, ()),  # the same to the digits shown
+        (0.01, 0.01, ()),
+        (0.0098, 0.0102, ("[0.00980, 0.01020] over thirds of the window",)),
+    ],
+)
+def test_one_path_has_no_interval(
+    make_study: MakeStudy, low: float, high: float, below: tuple[str, ...]
+):
+    result = with_rates(make_study(), decay={"value": 0.01, "low": low, "high": high})
+    row = next(row for row in phase_rows(result) if row.run == "Weight decay, flow")
+    assert row.cells[2] == Cell("0.01", (*below, "predicted 0.02"))
+    sgd = next(row for row in phase_rows(result) if row.run == "Label noise, SGD")
+    assert sgd.cells[2].below[0] == "95\u00a0% [0.01243, 0.01283]"  # over replicas
 
 
 def test_runs_with_different_momenta_stand_in_effective_time(make_study: MakeStudy):

@@ -319,3 +319,11 @@ def test_what_is_no_run_is_named():
         gf.Trajectory.check("trajectory", "x.nc")
     with pytest.raises(TypeError, match=r"^trajectory must be .*got 'x\.nc'"):
         gf.repeat.__wrapped__("x.nc")
+
+
+def test_a_mistyped_folder_is_not_made(tmp_path: Path):
+    run = flow_run()
+    assert run.save(tmp_path / "new" / "run.nc").is_file()
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*/nope to make deep in"):
+        run.save(tmp_path / "nope" / "deep" / "run.nc")
+    assert not (tmp_path / "nope").exists()

@@ -9,7 +9,8 @@ from scipy import stats
 from specs import make_run
 
 import gradflow as gf
-from gradflow.analysis import Phases, Prediction, predict
+from gradflow.analysis import Phases, Prediction, Rate, predict
+from gradflow.study.claims.claims import judge
 from gradflow.study.claims.measures import MEASURES
 from gradflow.study.spec.quantities import QUANTITIES
 from gradflow.study.spec.spec import ClaimSpec
@@ -121,6 +122,46 @@ def phases_of(end):
     nan = math.nan
     rates = (nan, nan, (nan, nan), None, nan, nan)
     return Phases(end, nan, nan, nan, "excess_loss", 0.1, nan, *rates, replicas=1, diverged=0)
+
+
+def with_rates(fast, slow):
+    """A run whose rates over thirds of their windows are given; a single one is constant."""
+    bent = slow if len(slow) > 1 else ()
+    rate = Rate(
+        float(np.mean(slow)), 0.0, 0.0, 0.0, 0.95, "exponential", "imbalance", (1.0, 2.0), 4, 0, 9,
+        4, np.array(slow), constant=not bent, local=bent,
+    )  # fmt: skip
+    found = dataclasses.replace(
+        phases_of(1.0),
+        optimization_rate=float(np.mean(fast)),
+        regularization_rate=rate,
+        separation=float(np.mean(fast) / np.mean(slow)),
+        optimization_rate_constant=len(fast) == 1,
+        optimization_rate_local=fast,
+    )
+    run = make_run(time=np.linspace(0.0, 2.0, 5), imbalance=np.ones(5))
+    return dataclasses.replace(run, phases=found, rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("fast", "slow", "rates", "ratios"),
+    [
+        ((3.0,), (0.1,), (), ()),
+        ((4.0, 3.0, 2.0), (0.1,), (4.0, 3.0, 2.0), (40.0, 30.0, 20.0)),
+        ((3.0,), (0.1, 0.2, 0.3), (), (30.0, 15.0, 10.0)),
+        ((4.0, 3.0, 2.0), (0.1, 0.2, 0.4), (4.0, 3.0, 2.0), (5.0, 40.0)),
+    ],
+)
+def test_a_phase_with_a_rate_that_is_not_constant_has_parts(fast, slow, rates, ratios):
+    run = with_rates(fast, slow)
+    assert measure("optimization_rate", run).parts == pytest.approx(rates)
+    separation = measure("separation", run)
+    assert separation.parts == pytest.approx(ratios)
+    claimed = ClaimSpec(sentence="fast", quantity="separation", run="run", at_least=22.0)
+    expected = "holds" if not ratios else "undecided" if max(ratios) > 22.0 else "fails"
+    result = judge(claimed, {"run": run})
+    assert result.verdict == expected
+    assert ("claim bounds that all of it obeys" in result.detail) == (expected == "undecided")
 
 
 PAIR = {"run": None, "runs": ["a", "b"], "observable": "imbalance"}

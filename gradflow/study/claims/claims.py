@@ -116,11 +116,13 @@ def _judge_parts(claim: ClaimSpec, measurement: Measurement, expected: float | N
     if all(_judge_number(claim, part, expected).verdict == whole.verdict for part in apart):
         return whole
     listed = " → ".join(f"{value:.4g}" for value in measurement.parts)
-    reason = (
-        f"{claim.quantity} is not one number but {listed} over the window; narrow it with "
-        "window = [t_start, t_stop], or compare with a run of kind SlowFlow, which follows the "
-        'change (quantity = "displacement_ratio")'
+    advice = (
+        "narrow it with window = [t_start, t_stop], or compare with a run of kind SlowFlow, which "
+        'follows the change (quantity = "displacement_ratio")'
     )
+    if "window" not in QUANTITIES[claim.quantity].keys:
+        advice = "claim bounds that all of it obeys, with at_least and at_most"
+    reason = f"{claim.quantity} is not one number but {listed} over the window; {advice}"
     return _result(claim, measurement, expected, "undecided", reason)
 
 

@@ -111,7 +111,13 @@ def optimization_end(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement
 @measures("optimization_rate")
 def optimization_rate(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     """Exponential rate at which the optimization phase ends."""
-    return _phase(claim, runs, "optimization_rate", "optimization_rate_error")
+    measured, phases = (
+        _phase(claim, runs, "optimization_rate", "optimization_rate_error"),
+        runs[0].phases,
+    )
+    if phases is None or phases.optimization_rate_constant:
+        return measured
+    return replace(measured, parts=phases.optimization_rate_local)
 
 
 @measures("separation")
@@ -120,10 +126,20 @@ def separation(claim: ClaimSpec, runs: Sequence[RunResult]) -> Measurement:
     measured = _phase(claim, runs, "separation", "separation_error")
     phases = runs[0].phases
     rate = None if phases is None else phases.regularization_rate
-    if phases is None or rate is None or rate.constant or 0.0 in rate.local:
+    if phases is None or rate is None or not phases.changing:
         return measured
-    ratios = tuple(phases.optimization_rate / value for value in rate.local)
-    return replace(measured, detail=measured.detail or rate.note, parts=ratios)
+    fast, slow = (phases.optimization_rate,), (rate.value,)
+    if not phases.optimization_rate_constant:
+        fast = phases.optimization_rate_local
+    if not rate.constant:
+        slow = rate.local
+    if 0.0 in slow:
+        return measured
+    ratios = tuple(one / other for one in fast for other in slow)
+    if len(fast) > 1 and len(slow) > 1:
+        ratios = min(ratios), max(ratios)
+    detail = measured.detail or rate.note or f"{phases.changing} not constant"
+    return replace(measured, detail=detail, parts=ratios)
 
 
 def _phase(claim: ClaimSpec, runs: Sequence[RunResult], value: str, error: str) -> Measurement:

@@ -146,7 +146,9 @@ class _Job:
         if prepared.spec.name in self.plan.timed:
             _compile(prepared)
         trajectory = self._simulate(prepared)
-        trajectory.save(self.plan.out / RUNS / f"{prepared.spec.name}.nc")
+        folder = self.plan.out / RUNS
+        folder.mkdir(parents=True, exist_ok=True)
+        trajectory.save(folder / f"{prepared.spec.name}.nc")
         return self._result(prepared, trajectory)
 
     def measure(self, prepared: PreparedOrders) -> OrdersResult:
