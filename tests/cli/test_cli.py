@@ -120,7 +120,10 @@ def test_bad_input(folder):
     result = call("study", "bad.toml", "good.toml", "nowhere")
     assert result.exit_code == 2
     first, second = result.stderr.splitlines()
-    assert first == 'bad.toml:12: run "flow", regularizers[0].rate: got -0.1; allowed: a number > 0'
+    assert (
+        first
+        == 'bad.toml:12: run "flow", regularizers[0].rate: must be a finite number >= 0; got -0.1'
+    )
     assert second.startswith('"nowhere" is neither a file nor a shipped experiment; shipped: ')
     assert not (folder / "results").exists()
 
@@ -266,7 +269,7 @@ def test_predict_refuses_bad_input(folder):
     assert unknown.exit_code == 2
     assert unknown.stderr == ('good.toml: --run: got "flaw"; did you mean "flow"? runs: flow\n')
     bad = call("predict", "bad.toml")
-    assert bad.exit_code == 2 and "regularizers[0].rate: got -0.1" in bad.stderr
+    assert bad.exit_code == 2 and "regularizers[0].rate: must be" in bad.stderr
 
 
 def test_the_help_of_predict_teaches():
