@@ -35,8 +35,14 @@ class Kinds(Mapping[str, T], Generic[T]):
     def register(self, kind: One) -> One:
         """Enter a class under its name; also as a decorator. A class defined anew replaces itself.
 
-        **Raises:** `ValueError` if another class has the name.
+        **Raises:** `ValueError` if another class has the name, `TypeError` if the class lacks a
+        method that its base asks for.
         """
+        if missing := sorted(getattr(kind, "__abstractmethods__", ())):
+            raise TypeError(
+                f"{self.concept}: {kind.__name__} cannot be registered without "
+                f"{', '.join(missing)}; define what is missing."
+            )
         name = self.named(kind)
         known = self._kinds.get(name)
         if known is not None and known.__module__ != kind.__module__:

@@ -242,6 +242,8 @@ def test_a_name_that_is_taken_is_refused():
         register(Observable("time", "mine", "1", TOY_GAP.evaluate))
     with pytest.raises(ValueError, match="claim quantities: the name 'rate' is taken by a class"):
         CLAIMS.register(type("Rate", (ToyShrinkage,), {"__module__": __name__}))
+    with pytest.raises(TypeError, match=r"figures: Unfinished .* without draw; define"):
+        FIGURES.register(type("Unfinished", (RunsFigure,), {"__module__": __name__}))
     assert register(TOY_GAP) is TOY_GAP
     assert CLAIMS.register(ToyShrinkage) is CLAIMS["toy_shrinkage"]
 

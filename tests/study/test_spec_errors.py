@@ -220,6 +220,34 @@ def test_figures_and_short_name_runs_and_observables(errors):
     ]
 
 
+def test_keys_that_another_quantity_does_not_use(errors):
+    claim = CLAIM + 'quantity = "predicted_ratio"\nof = "optimization_end"\nat_most = 1\n'
+    assert errors(HEAD + RUN + claim + "window = [0.0, 1.0]\n") == [
+        "spec.toml:18: claim 1, window: optimization_end does not use window; leave it out"
+    ]
+    figure = '[[figure]]\nkind = "scaling"\nparameter = "rtol"\nquantity = "{}"\n'
+    final, end = figure.format("final"), figure.format("optimization_end")
+    assert errors(HEAD + RUN + final + end + 'component = [0]\nobservable = "loss"\n') == [
+        "spec.toml:12: figure 1: final needs an observable",
+        "spec.toml:20: figure 2, component: optimization_end does not use component; leave it out",
+        "spec.toml:21: figure 2, observable: optimization_end takes no observable; leave it out",
+    ]
+    (wrong,) = errors(HEAD + RUN + figure.format("finall"))
+    assert wrong.startswith('spec.toml:15: figure 1, quantity: got "finall"; did you mean "final"?')
+    assert "optimization_rate" in wrong and "exponent" not in wrong
+
+
+def test_an_exponent_measures_a_quantity_with_its_needs(errors):
+    text = HEAD + RUN + RUN.replace('"flow"', '"other"') + (
+        '[[claim]]\nsentence = "x"\nruns = ["flow", "other"]\nquantity = "exponent"\n'
+        'of = "noether_decay"\nparameter = "rtol"\nat_most = 1\n'
+    )  # fmt: skip
+    found = errors(text)
+    for name in ("flow", "other"):
+        message = f'run "{name}" is not GradientDescent; noether_decay holds only there'
+        assert f"spec.toml:18: claim 1, runs: {message}" in found
+
+
 def test_an_exponent_needs_different_parameters(errors):
     dynamics = '{{ kind = "GradientDescent", step_size = 0.1 }}'
     run = f'[[run]]\nname = "{{}}"\nt1 = 1\ndynamics = {dynamics}\n'

@@ -12,7 +12,7 @@ from gradflow.plot.scaling import Point, draw_scaling
 from gradflow.study.figures.views import run_views
 from gradflow.study.results import StudyResult
 from gradflow.study.spec.checked import Jobs, unrecorded
-from gradflow.study.spec.claim_keys import claim_about, measurable, own_keys
+from gradflow.study.spec.claim_keys import claim_about, measurable, own_keys, unused_keys
 from gradflow.study.spec.claim_tables import CLAIMS
 from gradflow.study.spec.errors import Fault, not_one_of
 from gradflow.study.spec.figure_tables import FIGURES, Interval, RunsFigure
@@ -42,22 +42,22 @@ class Scaling(RunsFigure):
         if self.quantity not in (known := measurable(Scaling)):
             yield Fault((*at, "quantity"), not_one_of(self.quantity, known))
         else:
-            yield from self._observable(jobs, at)
+            yield from self._keys_of_quantity(jobs, at)
         for run in self.drawn(jobs):
             if self.parameter not in (known := parameters(run)):
                 has = f'run "{run.name}" has'
                 yield Fault((*at, "parameter"), not_one_of(self.parameter, known, what=has))
                 return
 
-    def _observable(self, jobs: Jobs, at: Path) -> Iterator[Fault]:
-        claim = CLAIMS[self.quantity]
+    def _keys_of_quantity(self, jobs: Jobs, at: Path) -> Iterator[Fault]:
+        unused = unused_keys(self.quantity, self)
+        for key in unused:
+            does_not = "takes no" if key == "observable" else "does not use"
+            yield Fault((*at, key), f"{self.quantity} {does_not} {key}; leave it out")
         if self.observable is None:
-            if "observable" in own_keys(claim, required=True):
+            if "observable" in own_keys(CLAIMS[self.quantity], required=True):
                 yield Fault(at, f"{self.quantity} needs an observable")
-        elif "observable" not in own_keys(claim):
-            message = f"{self.quantity} takes no observable; leave it out"
-            yield Fault((*at, "observable"), message)
-        else:
+        elif "observable" not in unused:
             yield from unrecorded(self.observable, self.drawn(jobs), (*at, "observable"))
 
     def draw(self, result: StudyResult) -> Drawing:

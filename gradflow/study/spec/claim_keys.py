@@ -102,8 +102,11 @@ class OfQuantity(WithObservable):
         if self.observable is None and "observable" in own_keys(CLAIMS[self.of], required=True):
             yield Fault(at, f"{self.of} needs an observable")
             return
+        for key in unused_keys(self.of, self):
+            yield Fault((*at, key), f"{self.of} does not use {key}; leave it out")
         for run in jobs.named(self.names):
-            yield from self.inner(run.name).objections(run, at)
+            objections = self.inner(run.name).objections(run)
+            yield from (Fault(self.at_runs(at), text) for text in objections)
 
     def shape_faults(self, shapes: Shapes, at: Path) -> Iterator[Fault]:
         """What that quantity objects to."""
@@ -116,6 +119,13 @@ def own_keys(claim: type[Section], *, required: bool = False) -> set[str]:
     fields = claim.model_fields
     own = set(fields) - set(RunsClaim.model_fields)
     return {key for key in own if fields[key].is_required()} if required else own
+
+
+def unused_keys(quantity: str, table: Section) -> list[str]:
+    """The keys given in a table that other quantities take from it but this one does not."""
+    known = set().union(*(own_keys(CLAIMS[name]) for name in measurable(type(table))))
+    unused = known & set(type(table).model_fields) - own_keys(CLAIMS[quantity])
+    return sorted(key for key in unused if getattr(table, key) not in (None, False))
 
 
 def measurable(table: type[Section]) -> list[str]:

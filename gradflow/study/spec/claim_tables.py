@@ -201,7 +201,8 @@ class RunsClaim(Claim):
             yield Fault(self.at_runs(at), f"got {len(self.names)}; {about}")
         runs = jobs.named(self.names)
         for run in runs:
-            yield from self.objections(run, at)
+            yield from (Fault(self.at_runs(at), text) for text in self.objections(run))
+            yield from self._replicas(run, at)
         if self.observed is not None:
             yield from unrecorded(self.observed, runs, (*at, "observable"))
         else:
@@ -217,14 +218,12 @@ class RunsClaim(Claim):
                 message = f"{observable} has shape {[*shape]}; {self.quantity} needs a number"
                 yield Fault((*at, "observable"), message)
 
-    def objections(self, run: RunSpec, at: Path) -> Iterator[Fault]:
+    def objections(self, run: RunSpec) -> Iterator[str]:
         """Why a run cannot serve the claim."""
-        yield from self._replicas(run, at)
         if self.of_weights and run.store_weights is False:
-            message = f"has store_weights = false; {self.quantity} reads weights"
-            yield Fault(self.at_runs(at), f'run "{run.name}" {message}')
-        if message := self._misses_steps(run) if self.every_step_of else "":
-            yield Fault(self.at_runs(at), f'run "{run.name}" {message}')
+            yield f'run "{run.name}" has store_weights = false; {self.quantity} reads weights'
+        if missed := self._misses_steps(run) if self.every_step_of else "":
+            yield f'run "{run.name}" {missed}'
 
     def _misses_steps(self, run: RunSpec) -> str:
         dynamics = run.dynamics.made
