@@ -196,6 +196,8 @@ BUILT_IN: dict[str, Observable] = {
 }
 """The observables known by name."""
 
+_SHIPPED = frozenset(BUILT_IN)
+
 DEFAULT = ("loss", "excess_loss", "imbalance", "squared_norms")
 """What is recorded unless asked otherwise: cheap for every size of network."""
 
@@ -204,13 +206,24 @@ RESERVED_PREFIXES = ("data_", "start_", "width_")
 LAYER_NAME = re.compile(r"W\d+")
 
 
+def register(observable: Observable) -> Observable:
+    """Make an observable known by its name: to specs, `simulate` and the command line.
+
+    **Raises:** `ValueError` if the name is taken.
+    """
+    _check_name(observable)
+    BUILT_IN[observable.name] = observable
+    return observable
+
+
 def resolve(spec: ObservableSpec | None) -> tuple[Observable, ...]:
     """The observables of a specification.
 
     **Arguments:**
 
-    - `spec`: names of built-in observables and `Observable` objects, or a mapping from names to
-        functions of (network, problem) (None for a built-in one), or None for the default set.
+    - `spec`: names of built-in or registered observables and `Observable` objects, or a mapping
+        from names to functions of (network, problem) (None for a built-in one), or None for the
+        default set.
 
     **Raises:** `ValueError` for an unknown name, listing the known ones, or a name that is taken;
     `TypeError` for something that is not a function.
@@ -292,7 +305,7 @@ def observe(
 def _evaluated(
     observable: Observable, net: DeepLinear, problem: Problem, dynamics: AbstractDynamics
 ) -> Array:
-    if observable.name in BUILT_IN:  # these cannot be taken by others
+    if observable.name in _SHIPPED:  # these cannot be taken by others
         return observable.evaluate(net, problem, dynamics)
     try:
         value = observable.evaluate(net, problem, dynamics)

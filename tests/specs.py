@@ -6,7 +6,7 @@ import xarray as xr
 import gradflow as gf
 from gradflow.results.trajectory import Trajectory
 from gradflow.study.results import RunResult
-from gradflow.study.spec.spec import RunSpec
+from gradflow.study.spec.run_tables import RunSpec
 
 HEAD = """\
 name = "test"

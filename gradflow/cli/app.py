@@ -1,4 +1,4 @@
-"""The command line: `gradflow study`, `run`, `orders`, `predict` and `list`."""
+"""The command line: `gradflow study`, `run`, `orders`, `predict`, `kinds` and `list`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import platformdirs
 import typer
 
 from gradflow.cli.experiments import titles
-from gradflow.study.spec.quantities import QUANTITIES
 
 BROKEN = 3
 """Exit status after an unexpected error."""
@@ -25,10 +24,7 @@ ALLOCATIONS = 50_000
 """New objects after which Python looks for garbage: imports and traces make millions that stay, and
 looking through them after every 700 takes a quarter of the time of importing."""
 
-_WIDEST = max(map(len, QUANTITIES))
-_QUANTITIES = "\n".join(f"  {name:<{_WIDEST}}  {q.meaning}" for name, q in QUANTITIES.items())
-
-STUDY_HELP = f"""Run studies: integrate, draw the figures, check the claims.
+STUDY_HELP = """Run studies: integrate, draw the figures, check the claims.
 
 SPEC is a TOML file or the name of a shipped experiment (see: gradflow list). Every study leaves one
 folder, results/NAME/ unless --out says otherwise:
@@ -52,12 +48,10 @@ not a number, a phase not reached, a run diverged), if a rate is not constant ov
 errors are too large to tell; its hint says what to change. Rates that theory misses are counted
 beside the claims and do not change the exit status.
 
-Dynamics: GradientFlow, ExactFlow, ModifiedFlow, PrincipalFlow, HeavyBallFlow (flow time only);
-GradientDescent, SVAG, StochasticFlow, SlowFlow (step size h). Regularizers: WeightDecay,
-LabelNoise, InputNoise, Minibatch, Dropout, DropConnect, WeightNoise, GradientNoise. A random run
-takes normals = {{ antithetic = true, precision = "single" }}: replicas in pairs of opposite noise.
-A wrong key is answered with the allowed ones. Tables that measure orders of convergence: gradflow
-orders --help.
+Which dynamics, regularizers, observables, figures and quantities there are, and their keys:
+gradflow kinds. A wrong key is answered with the allowed ones. A random run takes
+normals = { antithetic = true, precision = "single" }: replicas in pairs of opposite noise. Tables
+that measure orders of convergence: gradflow orders --help.
 
 A spec to start from (save it as mine.toml, then: gradflow study mine.toml):
 
@@ -71,8 +65,8 @@ A spec to start from (save it as mine.toml, then: gradflow study mine.toml):
   weights = [[[2.0]], [[0.1]]]    # first layer first
   [[run]]
   name = "decay"
-  dynamics = {{ kind = "GradientFlow" }}
-  regularizers = [ {{ kind = "WeightDecay", rate = 0.01 }} ]
+  dynamics = { kind = "GradientFlow" }
+  regularizers = [ { kind = "WeightDecay", rate = 0.01 } ]
   t1 = 100.0
   observables = ["loss", "imbalance"]
   [[figure]]
@@ -85,11 +79,6 @@ A spec to start from (save it as mine.toml, then: gradflow study mine.toml):
   window = [10.0, 100.0]
   expected = 0.02                 # or "predicted"
   tolerance = 1e-6                # or standard_errors = 3, at_most, at_least
-
-A claim is about one of these quantities:
-
-\b
-{_QUANTITIES}
 """
 
 ORDERS_HELP = """Measure how fast two dynamics approach each other as the step size goes to 0.
@@ -156,6 +145,18 @@ steps is gf.predict(problem, net, 0.1).at(steps=10**7).net.
   gradflow predict mine.toml --run sgd --run sde
 
 Exit status: 0 every run has a prediction; 1 some run has none; 2 bad input; 3 an unexpected error.
+"""
+
+KINDS_HELP = """Say what a spec can name: dynamics, regularizers, observables, figures, quantities.
+
+Without a NAME, all of them with a sentence on each. With a NAME, the keys of its table with their
+types and defaults.
+
+\b
+  gradflow kinds
+  gradflow kinds LabelNoise rate time_series
+
+Exit status: 0; 2 an unknown NAME.
 """
 
 app = typer.Typer(
@@ -274,6 +275,19 @@ def predict(
     from gradflow.cli.commands import predict_runs  # JAX takes seconds to import
 
     raise typer.Exit(predict_runs(spec, run or [], short=short))
+
+
+@app.command(help=KINDS_HELP)
+def kinds(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="A dynamics, regularizer, observable, ..."),
+    ] = None,
+) -> None:
+    """Print the registries; `KINDS_HELP` is what users read."""
+    from gradflow.cli.kinds import print_kinds  # JAX takes seconds to import
+
+    raise typer.Exit(print_kinds(names or []))
 
 
 @app.command("list")

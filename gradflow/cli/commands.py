@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from contextlib import closing, nullcontext
@@ -19,6 +18,14 @@ from gradflow.analysis.prediction.predict import predict
 from gradflow.analysis.prediction.prediction import Prediction
 from gradflow.analysis.prediction.rate_law import shown_imbalance
 from gradflow.cli.experiments import find
+from gradflow.cli.terminal import (
+    BAD_INPUT,
+    BROKEN,
+    CLAIM_FAILS,
+    HOLDS,
+    INTERRUPTED,
+    console_of,
+)
 from gradflow.geometry.imbalance import squared_norms
 from gradflow.plot.formatting import MISSING, arrows, duration, number, with_error
 from gradflow.report.draw import FigureError, draw_figures
@@ -36,10 +43,6 @@ from gradflow.study.spec.errors import not_one_of
 from gradflow.study.spec.load import Study, load_study
 from gradflow.study.spec.part import Part
 
-HOLDS, CLAIM_FAILS, BAD_INPUT, BROKEN, INTERRUPTED = 0, 1, 2, 3, 130
-"""Exit statuses."""
-
-_PIPE_WIDTH = 120
 _WIDE = 100
 _MARKS = {"holds": ("✓", "green"), "fails": ("✗", "red"), "undecided": ("?", "yellow")}
 _PREDICTED = (
@@ -125,7 +128,7 @@ def predict_runs(spec: str, names: list[str], *, short: bool) -> int:
         typer.echo("\n".join(faults), err=True)
         return BAD_INPUT
     chosen = [run for name, run in runs.items() if not names or name in names]
-    console = _console(quiet=False)
+    console = console_of()
     table, notes, refused = Table(box=box.SIMPLE_HEAD, pad_edge=False), [], 0
     table.add_column("Run")
     for title in _PREDICTED:
@@ -211,7 +214,7 @@ def _carry_out_one(
     study: Study, prepared: Prepared, out: Path, options: Options, crew: Crew
 ) -> int:
     """Run one study into its folder; return its exit status."""
-    console = _console(options.quiet)
+    console = console_of(quiet=options.quiet)
     try:
         folder = ResultFolder(out, overwrite=options.overwrite)
     except OutputError as error:
@@ -285,12 +288,6 @@ def _evaluate(result: StudyResult, folder: ResultFolder) -> str:
         figures, wrong = error.figures, str(error)
     write_page(result, figures)
     return wrong
-
-
-def _console(quiet: bool) -> Console:
-    is_terminal = sys.stdout.isatty()
-    width = None if is_terminal or "COLUMNS" in os.environ else _PIPE_WIDTH
-    return Console(quiet=quiet, width=width)
 
 
 def _summarize(result: StudyResult, console: Console, *, with_orders: bool) -> None:

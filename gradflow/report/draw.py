@@ -1,51 +1,18 @@
 """Draws every figure of a study and writes it as PNG and SVG."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from gradflow.plot.bounds import BOUNDED
-from gradflow.plot.conservation import draw_conservation
-from gradflow.plot.drawing import Drawing, divergence_note, sentence
-from gradflow.plot.phase_portrait import draw_phase_portrait
-from gradflow.plot.rates import draw_rates
-from gradflow.plot.scaling import draw_scaling
+from gradflow.plot.drawing import Drawing, sentence
 from gradflow.plot.sharpness import TITLE as SHARPNESS_TITLE, draw_sharpness
 from gradflow.plot.style import drawing_style, save_figure
 from gradflow.plot.theory_ratios import TITLE as RATIOS_TITLE, draw_theory_ratios
-from gradflow.plot.time_series import draw_time_series
-from gradflow.report.scaling_points import scaling_points
-from gradflow.report.study_orders import draw_study_orders
-from gradflow.report.views import missing_runs, run_views
+from gradflow.study.figures.time_series import TimeSeries
+from gradflow.study.figures.views import missing_runs, run_views
 from gradflow.study.results import StudyResult
-from gradflow.study.spec.spec import FigureBase, Scaling, TimeSeries
-
-
-def _of_runs(draw: Callable[..., Drawing]) -> Callable[[StudyResult, Any], Drawing]:
-    """Lets a figure of runs be asked for by its table of the spec: its keys are the arguments."""
-
-    def drawn(result: StudyResult, spec: FigureBase) -> Drawing:
-        options = spec.model_dump(exclude={"kind", "name", "runs"})
-        return draw(run_views(result, spec.runs), **options)
-
-    return drawn
-
-
-def _scaling(result: StudyResult, spec: Scaling) -> Drawing:
-    views = run_views(result, spec.runs)
-    points, notes = scaling_points(result, views, spec)
-    pointless = [view for view in views if view.name not in {p.view.name for p in points}]
-    return draw_scaling(
-        points,
-        spec.quantity,
-        spec.parameter,
-        title=spec.title,
-        caption=spec.caption,
-        observable=spec.observable,
-        slope=spec.slope,
-        notes=[*notes, divergence_note(pointless)],
-    )
+from gradflow.study.spec.figure_tables import FigureTable, RunsFigure
 
 
 def _sharpness(result: StudyResult) -> Drawing | None:
@@ -62,16 +29,6 @@ def _sharpness(result: StudyResult) -> Drawing | None:
 def _theory_ratios(result: StudyResult) -> Drawing | None:
     return draw_theory_ratios(run_views(result, ()))
 
-
-KINDS: Mapping[str, Callable[[StudyResult, Any], Drawing]] = {
-    "phase_portrait": _of_runs(draw_phase_portrait),
-    "time_series": _of_runs(draw_time_series),
-    "rates": _of_runs(draw_rates),
-    "scaling": _scaling,
-    "conservation": _of_runs(draw_conservation),
-    "orders": draw_study_orders,
-}
-"""Every figure kind of a spec and the function that draws it."""
 
 AUTOMATIC: Mapping[str, tuple[str, Callable[[StudyResult], Drawing | None]]] = {
     "theory_ratios": (RATIOS_TITLE, _theory_ratios),
@@ -115,18 +72,13 @@ def draw_figures(result: StudyResult) -> tuple[FigureFile, ...]:
         name = spec.name or _free_name(spec.kind, taken)
         taken.add(name)
         try:
-            if spec.kind != "orders" and not run_views(result, spec.runs):
-                raise ValueError("runs: none of them finished, so there is nothing to draw")
             with drawing_style():
-                drawing = KINDS[spec.kind](result, spec)
+                drawing = _drawn(spec, result)
                 png, svg = save_figure(drawing.figure, result.out / "figures" / name)
         except ValueError as error:
             wrong.append(f"figure[{index}] ({spec.kind}, {name!r}): {error}")
             continue
-        missing = [] if spec.kind == "orders" else missing_runs(result, spec.runs)
-        lost = f"Not shown, because they did not finish: {', '.join(missing)}." if missing else ""
-        caption = sentence(drawing.caption, lost)
-        done.append(FigureFile(name, spec.title, caption, png, svg))
+        done.append(FigureFile(name, spec.title, drawing.caption, png, svg))
     for kind, (title, draw) in AUTOMATIC.items():
         with drawing_style():
             drawing = draw(result)
@@ -138,6 +90,17 @@ def draw_figures(result: StudyResult) -> tuple[FigureFile, ...]:
     if wrong:
         raise FigureError("\n".join(wrong), tuple(done))
     return tuple(done)
+
+
+def _drawn(figure: FigureTable, result: StudyResult) -> Drawing:
+    """Draws a figure; its caption says which of its runs did not finish."""
+    if not isinstance(figure, RunsFigure):
+        return figure.draw(result)
+    if not run_views(result, figure.runs):
+        raise ValueError("runs: none of them finished, so there is nothing to draw")
+    drawing, missing = figure.draw(result), missing_runs(result, figure.runs)
+    lost = f"Not shown, because they did not finish: {', '.join(missing)}." if missing else ""
+    return replace(drawing, caption=sentence(drawing.caption, lost))
 
 
 def _free_name(kind: str, taken: set[str]) -> str:

@@ -19,7 +19,7 @@ from gradflow.plot.formatting import (
     with_error,
 )
 from gradflow.plot.reading import RunView, on_common_clock
-from gradflow.report.views import run_views
+from gradflow.study.figures.views import run_views
 from gradflow.study.results import ClaimResult, OrdersResult, StudyResult
 
 

@@ -12,7 +12,7 @@ from gradflow.analysis.comparison.against_theory import (
     theory_rows,
 )
 from gradflow.plot.formatting import arrows, not_constant, number, with_error
-from gradflow.report.views import run_views
+from gradflow.study.figures.views import run_views
 from gradflow.study.results import StudyResult
 
 

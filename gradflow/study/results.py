@@ -9,7 +9,8 @@ from typing import Literal
 from gradflow.analysis.comparison.evaluated import EvaluatedRun
 from gradflow.analysis.convergence.orders import Orders
 from gradflow.study.spec.order_tables import OrdersSpec
-from gradflow.study.spec.spec import RunSpec, StudySpec
+from gradflow.study.spec.run_tables import RunSpec
+from gradflow.study.spec.spec import StudySpec
 
 ClaimVerdict = Literal["holds", "fails", "undecided"]
 

@@ -16,7 +16,8 @@ TALK = """
 import sys
 from typer.testing import CliRunner
 from gradflow.cli import app as cli
-for line in ("--help", "study --help", "run --help", "orders --help", "predict --help", "list"):
+helps = [f"{name} --help" for name in ("", "study", "run", "orders", "predict", "kinds")]
+for line in (*helps, "list"):
     result = CliRunner().invoke(cli.app, line.split())
     assert result.exit_code == 0, (line, result.output)
 print(*{name.split(".")[0] for name in sys.modules})

@@ -16,8 +16,7 @@ from gradflow.analysis.boundary import mean_curves
 from gradflow.analysis.rates import decay_rate, drift
 from gradflow.analysis.statistics import independent_samples, read_paths
 from gradflow.random.antithetic import IndependentSamples
-from gradflow.study.claims.measures import MEASURES
-from gradflow.study.spec.spec import ClaimSpec
+from gradflow.study.spec.claim_tables import CLAIMS
 
 TIME = np.linspace(0.0, 10.0, 41)
 RNG = np.random.default_rng(7)
@@ -180,7 +179,6 @@ def test_claims_of_a_study():
     run = antithetic(x=np.multiply.outer(MEMBERS, TIME))
     claim = {"sentence": "x", "run": "run", "observable": "x"}
     for quantity in ("final", "change"):
-        table = ClaimSpec.model_validate(claim | {"quantity": quantity})
-        found = MEASURES[quantity](table, [run])
+        found = CLAIMS[quantity].model_validate(claim | {"quantity": quantity}).measure([run])
         assert found.value == pytest.approx(10.0 * COMMON.mean())
         assert found.error == pytest.approx(10.0 * ERROR)

@@ -23,8 +23,7 @@ from gradflow.plot.reading import series
 from gradflow.plot.scaling import fit_slope
 from gradflow.plot.style import OKABE_ITO, UNREGULARIZED, drawing_style, group_colours
 from gradflow.report import FigureError, draw_figures
-from gradflow.report.draw import KINDS
-from gradflow.report.views import run_views
+from gradflow.study.figures.views import run_views
 from gradflow.study.results import StudyResult
 
 MakeStudy = Callable[..., StudyResult]
@@ -109,7 +108,7 @@ def draw(result: StudyResult, index: int = 0) -> Drawing:
     """One figure of a study, not written to disk."""
     spec = result.spec.figure[index]
     with drawing_style():
-        return KINDS[spec.kind](result, spec)
+        return spec.draw(result)
 
 
 def words(drawing: Drawing) -> str:

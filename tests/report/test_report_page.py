@@ -12,7 +12,7 @@ from gradflow.plot.reading import on_common_clock
 from gradflow.report import FigureError, draw_figures, inline, write_page
 from gradflow.report.inline import inline_svg
 from gradflow.report.tables import Cell, claim_rows, phase_rows, provenance, summary, tone
-from gradflow.report.views import run_views
+from gradflow.study.figures.views import run_views
 from gradflow.study.results import StudyResult
 
 MakeStudy = Callable[..., StudyResult]

@@ -18,8 +18,8 @@ from gradflow.plot.time_series import draw_time_series
 from gradflow.report import draw_figures, write_page
 from gradflow.report.draw import AUTOMATIC
 from gradflow.report.theory_table import theory_lines
-from gradflow.report.views import run_views
 from gradflow.results.trajectory import Trajectory
+from gradflow.study.figures.views import run_views
 from gradflow.study.results import StudyResult
 
 MakeStudy = Callable[..., StudyResult]

@@ -11,24 +11,24 @@ from specs import make_run
 import gradflow as gf
 from gradflow.analysis import Phases, Prediction, Rate, predict
 from gradflow.study.claims.claims import judge
-from gradflow.study.claims.measures import MEASURES
-from gradflow.study.spec.quantities import QUANTITIES
-from gradflow.study.spec.spec import ClaimSpec
+from gradflow.study.spec.claim_tables import CLAIMS
+from gradflow.study.spec.kind_tables import first_sentence
 
 
 def claim(quantity, **keys):
-    return ClaimSpec.model_validate(
+    return CLAIMS[quantity].model_validate(
         {"sentence": "x", "run": "run", "quantity": quantity, "at_most": 1.0, **keys}
     )
 
 
 def measure(quantity, *runs, **keys):
-    return MEASURES[quantity](claim(quantity, **keys), runs)
+    return claim(quantity, **keys).measure(runs)
 
 
-def test_every_quantity_is_measured_and_described():
-    assert set(MEASURES) == {name for name, q in QUANTITIES.items() if not q.orders}
-    assert all(function.__doc__ for function in MEASURES.values())
+def test_every_quantity_is_described():
+    assert len(CLAIMS) > 20
+    for quantity in CLAIMS.values():
+        assert quantity.__doc__ and len(first_sentence(quantity)) > 20
 
 
 def test_rate_and_drift_in_a_window():
@@ -78,7 +78,8 @@ def test_a_claim_chooses_the_theory_of_its_prediction():
     )
 
     def expected(quantity, theory):
-        return measure(quantity, run, window=[0, 1], theory=theory).predicted
+        window = {"window": [0, 1]} if quantity in ("rate", "drift") else {}
+        return measure(quantity, run, theory=theory, **window).predicted
 
     small, finite = 0.025, 0.025 * 2 / (2 - 0.1 * 4.25)
     assert expected("rate", "leading_order") == pytest.approx(small, rel=1e-6)
@@ -157,7 +158,9 @@ def test_a_phase_with_a_rate_that_is_not_constant_has_parts(fast, slow, rates, r
     assert measure("optimization_rate", run).parts == pytest.approx(rates)
     separation = measure("separation", run)
     assert separation.parts == pytest.approx(ratios)
-    claimed = ClaimSpec(sentence="fast", quantity="separation", run="run", at_least=22.0)
+    claimed = CLAIMS["separation"].model_validate(
+        {"sentence": "fast", "quantity": "separation", "run": "run", "at_least": 22.0}
+    )
     expected = "holds" if not ratios else "undecided" if max(ratios) > 22.0 else "fails"
     result = judge(claimed, {"run": run})
     assert result.verdict == expected

@@ -14,17 +14,17 @@ import gradflow as gf
 from gradflow.analysis.convergence.results import OrderPoints, OrderRow, Orders
 from gradflow.report.draw import draw_figures
 from gradflow.report.page import write_page
-from gradflow.report.study_orders import draw_study_orders
 from gradflow.report.tables import order_lines
-from gradflow.study.claims.order_measures import measure_order
+from gradflow.study.figures.orders import Orders as OrdersFigure
 from gradflow.study.results import OrdersResult, StudyResult
 from gradflow.study.run.build import prepare
 from gradflow.study.run.output import ResultFolder
 from gradflow.study.run.record import status, write_spec
 from gradflow.study.run.runner import run_study
+from gradflow.study.spec.claim_tables import CLAIMS
 from gradflow.study.spec.load import SpecError
 from gradflow.study.spec.order_tables import OrdersSpec
-from gradflow.study.spec.spec import ClaimSpec, Orders as OrdersFigure, StudySpec
+from gradflow.study.spec.spec import StudySpec
 
 TABLE = """\
 [[orders]]
@@ -99,7 +99,7 @@ def test_a_random_table_needs_replicas(load):
         (TABLE + TABLE, "name: got .* again; allowed: a name that no other orders has"),
         (TABLE + RUN.replace('"flow"', '"descent_and_flow"'), "the name of a run; choose another"),
         (TABLE + CLAIM, "has no check"),
-        (TABLE + CLAIM + 'run = "flow"\nat_most = 1.0\n', "run: order does not use run"),
+        (TABLE + CLAIM + 'run = "flow"\nat_most = 1.0\n', "run: unknown key; allowed"),
         (TABLE + CLAIM.replace("_and_", "_or_") + "at_most = 1.0\n", "did you mean"),
         (TABLE + CLAIM + 'observable = "loss"\nat_most = 1.0\n', 'observable: got "loss"'),
         (TABLE + CLAIM.replace('"order"', '"order_status"') + 'expected = "resolved"\n',
@@ -107,7 +107,7 @@ def test_a_random_table_needs_replicas(load):
         (TABLE + '[[figure]]\nkind = "orders"\norders = ["other"]\n', r"orders.0.: got \"other\""),
         (RUN + '[[figure]]\nkind = "orders"\n', "the study has none; add one"),
         (RUN + '[[claim]]\nsentence = "x"\nrun = "flow"\norders = "a"\nquantity = "final"\n'
-         'observable = "loss"\nat_most = 1.0\n', "final is about runs; leave it out"),
+         'observable = "loss"\nat_most = 1.0\n', "orders: unknown key; allowed"),
         ("", r"a study needs at least one \[\[run\]\] or \[\[orders\]\] table"),
     ],
 )  # fmt: skip
@@ -197,10 +197,10 @@ def test_a_figure_of_strong_and_weak_tables_is_of_neither():
         measured = replace(_orders((row,), row), kind=kind, points=(points,))
         tables[kind] = OrdersResult(kind, f"table of {kind}", spec, measured)
     result = StudyResult(StudySpec(name="s", orders=[spec]), {}, (), Path(), 1.0, orders=tables)
-    both = draw_study_orders(result, OrdersFigure(kind="orders"))
+    both = OrdersFigure(kind="orders").draw(result)
     assert both.figure.axes[0].get_ylabel().startswith("difference")
     assert "table of weak: weak; table of strong: strong" in both.caption
-    weak = draw_study_orders(result, OrdersFigure(kind="orders", orders=["weak"]))
+    weak = OrdersFigure(kind="orders", orders=["weak"]).draw(result)
     assert weak.figure.axes[0].get_ylabel().startswith("weak difference")
 
 
@@ -227,8 +227,8 @@ def _row(observable, order, status="resolved"):
 
 def _measure(quantity, *rows, observable=None, overall=None):
     keys = {"sentence": "x", "orders": "a", "quantity": quantity, "at_most": 1.0}
-    claim = ClaimSpec.model_validate({**keys, "observable": observable})
-    return measure_order(claim, OrdersResult("a", "a", _spec(), _orders(rows, overall)))
+    claim = CLAIMS[quantity].model_validate({**keys, "observable": observable})
+    return claim.measure([OrdersResult("a", "a", _spec(), _orders(rows, overall))])
 
 
 def test_the_order_of_an_array_is_its_smallest():

@@ -3,9 +3,9 @@
 import pytest
 from specs import HEAD, RUN
 
+from gradflow.study.spec.claim_tables import CLAIMS
 from gradflow.study.spec.errors import suggestion
 from gradflow.study.spec.load import SpecError, load_study
-from gradflow.study.spec.quantities import QUANTITIES
 
 WRONG = """\
 name = "Bad Name"
@@ -32,6 +32,10 @@ replicas = 1.5
 sentence = "x"
 quantity = "ratee"
 run = "a"
+[[claim]]
+sentence = "x"
+quantity = "rate"
+run = "a"
 expected = "predicted"
 tolerance = true
 """
@@ -49,8 +53,8 @@ spec.toml:17: run "a", t1: got Infinity; allowed: the flow time to reach, a numb
 spec.toml:18: run 2, name: is missing; give a name of lower-case letters, digits, _ and - (it names files)
 spec.toml:19: run 2, dynamics: got "GradientFlow"; allowed: a table with the key kind
 spec.toml:20: run 2, replicas: got 1.5; allowed: a whole number >= 1
-spec.toml:23: claim 1, quantity: got "ratee"; did you mean "rate"? allowed: {", ".join(QUANTITIES)}
-spec.toml:26: claim 1, tolerance: got true; allowed: the largest |measured - expected| / |expected|, a number >= 0
+spec.toml:23: claim 1, quantity: got "ratee"; did you mean "rate"? allowed: {", ".join(CLAIMS)}
+spec.toml:30: claim 2, tolerance: got true; allowed: the largest |measured - expected| / |expected|, a number >= 0
 """  # noqa: E501
 
 
@@ -84,6 +88,10 @@ def test_errors_between_keys_are_reported_at_once(errors):
     assert "imbalance" in observables.split(", ")
 
 
+KEYS = (
+    "sentence, quantity, expected, tolerance, absolute_tolerance, standard_errors, resolution, "
+    "at_most, at_least, short"
+)
 CLAIM = '[[claim]]\nsentence = "x"\nrun = "flow"\n'
 
 
@@ -92,7 +100,7 @@ CLAIM = '[[claim]]\nsentence = "x"\nrun = "flow"\n'
     [
         (
             'quantity = "final"\nat_most = 1.0',
-            "claim 1: final needs an observable",
+            "claim 1, observable: is missing; give an observable the run records",
         ),
         (
             'quantity = "final"\nobservable = "sharpness"\nat_most = 1.0',
@@ -135,7 +143,7 @@ CLAIM = '[[claim]]\nsentence = "x"\nrun = "flow"\n'
         ),
         (
             'quantity = "separation"\ncomponent = [0]\nat_least = 1.0',
-            "claim 1, component: separation does not use component; leave it out",
+            f"claim 1, component: unknown key; allowed here: {KEYS}, run, runs, theory",
         ),
         (
             'quantity = "difference"\nobservable = "loss"\nat_most = 1.0',
@@ -143,7 +151,7 @@ CLAIM = '[[claim]]\nsentence = "x"\nrun = "flow"\n'
         ),
         (
             'quantity = "predicted_ratio"\nat_most = 1.0',
-            "claim 1: predicted_ratio needs of",
+            "claim 1, of: is missing; give the quantity an exponent or ratio is about",
         ),
         (
             'quantity = "predicted_ratio"\nof = "final"\nat_most = 1.0',
@@ -161,16 +169,16 @@ CLAIM = '[[claim]]\nsentence = "x"\nrun = "flow"\n'
         ),
         (
             'quantity = "separation"\nwindow = [0.0, 1.0]\ntheory = "finite_step"\nat_most = 1.0',
-            "claim 1, window: separation does not use window; leave it out",
+            f"claim 1, window: unknown key; allowed here: {KEYS}, run, runs, theory",
         ),
         (
             'quantity = "max_change"\nobservable = "loss"\ntheory = "finite_step"\nat_most = 1.0',
-            "claim 1, theory: max_change does not use theory; leave it out",
+            f"claim 1, theory: unknown key; allowed here: {KEYS}, run, runs, observable, component",
         ),
         (
             'quantity = "component_ratio"\nobservable = "squared_norms"\ncomponent = [1]\n'
             "at_most = 1.0",
-            "claim 1: component_ratio needs over",
+            "claim 1, over: is missing; give indices of the entry of the observable to divide by",
         ),
         (
             'quantity = "displacement_ratio"\nobservable = "loss"\nat_most = 1.0',
@@ -178,7 +186,7 @@ CLAIM = '[[claim]]\nsentence = "x"\nrun = "flow"\n'
         ),
         (
             'quantity = "speed_up"\nobservable = "loss"\nat_least = 1.0',
-            "claim 1, observable: speed_up takes no observable; leave it out",
+            f"claim 1, observable: unknown key; allowed here: {KEYS}, run, runs",
         ),
         (
             'quantity = "gd_identity"\nat_most = 1.0',
@@ -210,6 +218,34 @@ def test_figures_and_short_name_runs_and_observables(errors):
         'spec.toml:17: short.runs.flaw: got "flaw"; did you mean "flow"? runs: flow',
         'spec.toml:20: short.runs.flow.steps: run "flow" is as long as its t1; override that',
     ]
+
+
+def test_keys_that_another_quantity_does_not_use(errors):
+    claim = CLAIM + 'quantity = "predicted_ratio"\nof = "optimization_end"\nat_most = 1\n'
+    assert errors(HEAD + RUN + claim + "window = [0.0, 1.0]\n") == [
+        "spec.toml:18: claim 1, window: optimization_end does not use window; leave it out"
+    ]
+    figure = '[[figure]]\nkind = "scaling"\nparameter = "rtol"\nquantity = "{}"\n'
+    final, end = figure.format("final"), figure.format("optimization_end")
+    assert errors(HEAD + RUN + final + end + 'component = [0]\nobservable = "loss"\n') == [
+        "spec.toml:12: figure 1: final needs an observable",
+        "spec.toml:20: figure 2, component: optimization_end does not use component; leave it out",
+        "spec.toml:21: figure 2, observable: optimization_end takes no observable; leave it out",
+    ]
+    (wrong,) = errors(HEAD + RUN + figure.format("finall"))
+    assert wrong.startswith('spec.toml:15: figure 1, quantity: got "finall"; did you mean "final"?')
+    assert "optimization_rate" in wrong and "exponent" not in wrong
+
+
+def test_an_exponent_measures_a_quantity_with_its_needs(errors):
+    text = HEAD + RUN + RUN.replace('"flow"', '"other"') + (
+        '[[claim]]\nsentence = "x"\nruns = ["flow", "other"]\nquantity = "exponent"\n'
+        'of = "noether_decay"\nparameter = "rtol"\nat_most = 1\n'
+    )  # fmt: skip
+    found = errors(text)
+    for name in ("flow", "other"):
+        message = f'run "{name}" is not GradientDescent; noether_decay holds only there'
+        assert f"spec.toml:18: claim 1, runs: {message}" in found
 
 
 def test_an_exponent_needs_different_parameters(errors):

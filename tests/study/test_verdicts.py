@@ -16,13 +16,13 @@ from gradflow.study.claims.claims import judge, rule
 from gradflow.study.results import StudyResult
 from gradflow.study.run.output import ResultFolder
 from gradflow.study.run.record import write_claims
-from gradflow.study.spec.spec import ClaimSpec, StudySpec
+from gradflow.study.spec.claim_tables import CLAIMS
+from gradflow.study.spec.spec import StudySpec
 
 
 def claim(**keys):
-    return ClaimSpec.model_validate(
-        {"sentence": "x", "run": "run", "quantity": "final", "observable": "loss", **keys}
-    )
+    table = {"sentence": "x", "run": "run", "quantity": "final", "observable": "loss", **keys}
+    return CLAIMS[table["quantity"]].model_validate(table)
 
 
 def ending_at(value, error=None):

@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 from specs import make_run
 
-from gradflow.study.claims.measures import MEASURES
-from gradflow.study.spec.spec import ClaimSpec
+from gradflow.study.spec.claim_tables import CLAIMS
 
 
 def measure(quantity, *runs):
-    claim = ClaimSpec.model_validate(
+    claim = CLAIMS[quantity].model_validate(
         {"sentence": "x", "run": "run", "quantity": quantity, "at_most": 1.0}
     )
-    return MEASURES[quantity](claim, runs)
+    return claim.measure(runs)
 
 
 def balancedness(layers):

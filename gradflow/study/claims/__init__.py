@@ -1,1 +1,10 @@
-"""How the quantities of claims are measured, and the verdicts."""
+"""The quantities of claims, each declared where it is measured, and the verdicts."""
+
+from gradflow.study.claims import (
+    orders as orders,
+    pairs as pairs,
+    rates as rates,
+    scaling as scaling,
+    values as values,
+    weights as weights,
+)

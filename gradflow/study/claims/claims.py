@@ -7,19 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gradflow.analysis.unmeasured import in_spec
-from gradflow.study.claims.measurement import Measurement
-from gradflow.study.claims.measures import MEASURES
-from gradflow.study.claims.order_measures import measure_order
 from gradflow.study.results import ClaimResult, ClaimVerdict, OrdersResult, RunResult
-from gradflow.study.spec.quantities import QUANTITIES
-from gradflow.study.spec.spec import ClaimSpec
+from gradflow.study.spec.claim_tables import Claim, Measurement
 
 RESOLUTION = 0.5
 """A deviation this large, relative to the expected value, must not pass for agreement."""
 
 
 def judge_all(
-    claims: Sequence[ClaimSpec],
+    claims: Sequence[Claim],
     runs: Mapping[str, RunResult],
     orders: Mapping[str, OrdersResult],
 ) -> tuple[ClaimResult, ...]:
@@ -28,7 +24,7 @@ def judge_all(
 
 
 def judge(
-    claim: ClaimSpec,
+    claim: Claim,
     runs: Mapping[str, RunResult],
     orders: Mapping[str, OrdersResult] | None = None,
 ) -> ClaimResult:
@@ -39,38 +35,32 @@ def judge(
     constant), and when the comparison cannot tell: an expected value that theory does not give, a
     missing standard error, or one so large that nearly every outcome would pass.
     """
-    tables = orders or {}
-    results: Mapping[str, RunResult | OrdersResult] = runs if claim.orders is None else tables
-    kind, names = ("run", claim.run_names) if claim.orders is None else ("orders", [claim.orders])
-    lost = [name for name in names if name not in results or results[name].interrupted]
+    results: dict[str, RunResult | OrdersResult] = {**runs, **(orders or {})}
+    lost = [name for name in claim.names if name not in results or results[name].interrupted]
     if lost:
-        what = f'{kind} "{lost[0]}" did not reach its end'
+        what = f'{claim.about} "{lost[0]}" did not reach its end'
         return _result(claim, Measurement(math.nan), claim.expected, "undecided", what)
     try:
-        if claim.orders is not None:
-            measurement = measure_order(claim, tables[claim.orders])
-        else:
-            measurement = MEASURES[claim.quantity](claim, [runs[name] for name in names])
+        measurement = claim.measure([results[name] for name in claim.names])
     except ValueError as error:
         # What was not measured says nothing about what is claimed.
         return _result(claim, Measurement(math.nan), claim.expected, "undecided", in_spec(error))
-    if QUANTITIES[claim.quantity].words:
+    if claim.words:
         return _judge_word(claim, measurement)
     if claim.expected == "predicted":
         if measurement.predicted is None or not math.isfinite(measurement.predicted):
-            reason = "theory gives no prediction"
-            notes = [note for name in claim.run_names for note in _why(runs[name])]
-            reason = "; ".join([reason, *notes])
+            notes = [note for name in claim.names for note in _why(runs[name])]
+            reason = "; ".join(["theory gives no prediction", *notes])
             return _result(claim, measurement, math.nan, "undecided", reason)
         return _judge_parts(claim, measurement, measurement.predicted)
     expected = None if claim.expected is None else float(claim.expected)
     return _judge_parts(claim, measurement, expected)
 
 
-def rule(claim: ClaimSpec) -> str:
+def rule(claim: Claim) -> str:
     """The check of a claim in words."""
-    if QUANTITIES[claim.quantity].words:
-        if QUANTITIES[claim.quantity].orders:
+    if claim.words:
+        if claim.about == "orders":
             return f'"{claim.expected}"'
         tolerance = 0.05 if claim.tolerance is None else claim.tolerance
         return f'verdict "{claim.expected}" at {100 * tolerance:g}%'
@@ -94,9 +84,9 @@ def _errors(count: float) -> str:
     return f"{count:g} standard error{'s' * (count != 1)}"
 
 
-def _judge_word(claim: ClaimSpec, measurement: Measurement) -> ClaimResult:
+def _judge_word(claim: Claim, measurement: Measurement) -> ClaimResult:
     word = measurement.word
-    if word not in QUANTITIES[claim.quantity].words:
+    if word not in claim.words:
         return _result(claim, measurement, claim.expected, "undecided", word)
     verdict: ClaimVerdict = "holds" if word == claim.expected else "fails"
     return _result(claim, measurement, claim.expected, verdict, "")
@@ -109,7 +99,7 @@ def _why(run: RunResult) -> list[str]:
     return [note for note in run.notes if note.startswith("prediction:")]
 
 
-def _judge_parts(claim: ClaimSpec, measurement: Measurement, expected: float | None) -> ClaimResult:
+def _judge_parts(claim: Claim, measurement: Measurement, expected: float | None) -> ClaimResult:
     """The verdict on a number, undecided if it is none: if its parts deserve different ones."""
     whole = _judge_number(claim, measurement, expected)
     apart = [replace(measurement, value=value, parts=()) for value in measurement.parts]
@@ -120,15 +110,13 @@ def _judge_parts(claim: ClaimSpec, measurement: Measurement, expected: float | N
         "narrow it with window = [t_start, t_stop], or compare with a run of kind SlowFlow, which "
         'follows the change (quantity = "displacement_ratio")'
     )
-    if "window" not in QUANTITIES[claim.quantity].keys:
+    if "window" not in type(claim).model_fields:
         advice = "claim bounds that all of it obeys, with at_least and at_most"
     reason = f"{claim.quantity} is not one number but {listed} over the window; {advice}"
     return _result(claim, measurement, expected, "undecided", reason)
 
 
-def _judge_number(
-    claim: ClaimSpec, measurement: Measurement, expected: float | None
-) -> ClaimResult:
+def _judge_number(claim: Claim, measurement: Measurement, expected: float | None) -> ClaimResult:
     value, error = measurement.value, measurement.error
     if not math.isfinite(value):
         hint = "" if measurement.detail else "; choose an observable or a window with finite values"
@@ -158,7 +146,7 @@ def _judge_number(
     return _result(claim, measurement, expected, verdict, detail)
 
 
-def _judge_bounds(claim: ClaimSpec, measurement: Measurement, noise: float) -> ClaimResult:
+def _judge_bounds(claim: Claim, measurement: Measurement, noise: float) -> ClaimResult:
     """A bound holds when the value stays inside it by `noise`, fails when it is outside by it."""
     low = -math.inf if claim.at_least is None else claim.at_least
     high = math.inf if claim.at_most is None else claim.at_most
@@ -172,7 +160,7 @@ def _judge_bounds(claim: ClaimSpec, measurement: Measurement, noise: float) -> C
 
 
 def _result(
-    claim: ClaimSpec,
+    claim: Claim,
     measurement: Measurement,
     expected: float | str | None,
     verdict: ClaimVerdict,
@@ -181,7 +169,7 @@ def _result(
     return ClaimResult(
         sentence=claim.sentence,
         quantity=claim.quantity,
-        runs=tuple(claim.run_names) if claim.orders is None else (claim.orders,),
+        runs=claim.names,
         measured=measurement.value,
         measured_error=None if measurement.parts else measurement.error,
         expected=expected,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -26,8 +25,8 @@ from gradflow.study.spec.errors import Fault
 from gradflow.study.spec.load import Study
 from gradflow.study.spec.locate import Path
 from gradflow.study.spec.order_tables import OrdersSpec
-from gradflow.study.spec.quantities import QUANTITIES
-from gradflow.study.spec.spec import NormalsSpec, RunSpec, StudySpec, TimeSeries
+from gradflow.study.spec.run_tables import NormalsSpec, RunSpec
+from gradflow.study.spec.spec import StudySpec
 from gradflow.study.spec.tables import (
     BalancedInit,
     DataSpec,
@@ -41,8 +40,6 @@ from gradflow.study.spec.tables import (
     UnbalancedInit,
     WhitenedData,
 )
-
-_OF_ARRAYS = ("max_change", "agreement")
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,10 @@ def prepare(study: Study) -> Prepared:
         tuple(run for run in runs if run is not None), tuple(o for o in orders if o is not None)
     )
     shapes = {run.spec.name: run.shapes for run in prepared.runs}
-    faults = [*building.faults, *_entries(study.spec, shapes)]
+    tables = [(("claim", i), claim) for i, claim in enumerate(study.spec.claim)]
+    tables += [(("figure", i), figure) for i, figure in enumerate(study.spec.figure)]
+    misfits = (fault for at, table in tables for fault in table.shape_faults(shapes, at))
+    faults = [*building.faults, *misfits]
     if faults:
         raise study.error(faults)
     return prepared
@@ -234,50 +234,6 @@ def run_key(spec: StudySpec, run: RunSpec | OrdersSpec) -> jax.Array:
     if run.seed is not None:
         return jax.random.key(run.seed)
     return jax.random.fold_in(jax.random.key(spec.seed), zlib.crc32(run.name.encode()))
-
-
-def _entries(spec: StudySpec, shapes: Mapping[str, dict[str, tuple[int, ...]]]) -> Iterator[Fault]:
-    """Claims and figures that need one number where an observable has another shape."""
-    for i, claim in enumerate(spec.claim):
-        quantity = claim.of or claim.quantity
-        takes_arrays = quantity in _OF_ARRAYS and claim.component is None
-        if claim.observable is None or takes_arrays:
-            continue
-        for name in claim.run_names:
-            shape = shapes.get(name, {}).get(claim.observable, ())
-            takes_entry = "component" in QUANTITIES[claim.quantity].keys
-            if shape and not takes_entry:
-                message = f"{claim.observable} has shape {[*shape]}; {quantity} needs a number"
-                yield Fault(("claim", i, "observable"), message)
-            elif takes_entry:
-                yield from _entry(claim.observable, claim.component, shape, ("claim", i))
-            if claim.over is not None:
-                yield from _entry(claim.observable, claim.over, shape, ("claim", i), "over")
-    for i, figure in enumerate(spec.figure):
-        if not isinstance(figure, TimeSeries):
-            continue
-        for observable in figure.observables:
-            for name in figure.runs or shapes:
-                if shape := shapes.get(name, {}).get(observable, ()):
-                    yield from _entry(observable, figure.component, shape, ("figure", i))
-
-
-def _entry(
-    observable: str,
-    component: list[int] | None,
-    shape: tuple[int, ...],
-    at: Path,
-    key: str = "component",
-) -> Iterator[Fault]:
-    chosen = component or []
-    fits = len(chosen) == len(shape) and all(
-        -size <= index < size for index, size in zip(chosen, shape, strict=True)
-    )
-    if fits:
-        return
-    given = "is missing" if component is None else f"got {component}"
-    kind = f"has shape {[*shape]}; give the indices of one entry" if shape else "is a number"
-    yield Fault((*at, key), f"{given}; {observable} {kind}")
 
 
 def _optional_key(seed: int | None) -> jax.Array | None:

@@ -27,6 +27,7 @@ from gradflow.study.results import OrdersResult, RunResult
 from gradflow.study.run.build import PreparedOrders, PreparedRun
 from gradflow.study.run.progress import divergence
 from gradflow.study.run.record import orders_record
+from gradflow.study.spec.claim_tables import RunsClaim
 from gradflow.study.spec.load import Study
 
 RUNS = "runs"
@@ -64,8 +65,8 @@ class Plan:
         return frozenset(
             name
             for claim in self.study.spec.claim
-            if claim.expected == "predicted" or claim.quantity == "predicted_ratio"
-            for name in claim.run_names
+            if claim.needs_prediction
+            for name in claim.names
         )
 
     @cached_property
@@ -74,8 +75,8 @@ class Plan:
         return frozenset(
             name
             for claim in self.study.spec.claim
-            if claim.quantity == "speed_up"
-            for name in claim.run_names
+            if isinstance(claim, RunsClaim) and claim.of_wall_time
+            for name in claim.names
         )
 
 

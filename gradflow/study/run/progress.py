@@ -19,7 +19,7 @@ from rich.progress import (
 
 from gradflow.study.results import OrdersResult, RunResult
 from gradflow.study.spec.order_tables import OrdersSpec
-from gradflow.study.spec.spec import RunSpec
+from gradflow.study.spec.run_tables import RunSpec
 
 _STOPPING = "Ctrl-C: stopping, and keeping what was done ..."
 

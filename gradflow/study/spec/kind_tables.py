@@ -9,31 +9,27 @@ from __future__ import annotations
 import collections.abc
 import inspect
 import re
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container
 from functools import cache, cached_property
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import Discriminator, Field, GetCoreSchemaHandler, Tag, ValidationError, create_model
-from pydantic_core import (
-    CoreSchema,
-    InitErrorDetails,
-    PydanticCustomError,
-    PydanticUndefined,
-    core_schema,
-)
+from pydantic import Discriminator, Field, Tag, create_model
+from pydantic_core import PydanticUndefined
 
 from gradflow.dynamics import DYNAMICS, FromOptax
-from gradflow.kinds import Kinds
 from gradflow.regularizers import REGULARIZERS
+from gradflow.study.spec.chosen import TableOf, located
 from gradflow.study.spec.tables import Finite, Section
 
 REFUSED = "refused_by_class"
 """The type of an error that a class itself raised."""
 
 _PLAIN = {
+    r"\tfrac{\lambda}{2}": "lambda/2", r"\dot W": "dW/dt", r"\bar L": "L", r"\nabla ": "grad ",
     r"\ge": ">=", r"\le": "<=", r"\to": "->", r"\beta": "beta", r"\lambda": "lambda",
-    r"\sigma": "sigma", r"\,": " ", "$": "", "`": "", "{": "", "}": "",
+    r"\sigma": "sigma", r"\varepsilon": "epsilon", r"\xi": "xi", r"\sum": "sum", r"\,": " ",
+    "$": "", "`": "", "{": "", "}": "",
 }  # fmt: skip
 """How the mathematics of a docstring is written in a terminal."""
 
@@ -57,51 +53,23 @@ class KindTable(Section):
         return _restored, (self.of, self.model_dump())  # another process has no such model
 
 
-class KindOf:
-    """Marks a field of a spec as a table of one of the kinds that are registered when it is read.
-
-    Errors are those of a tagged union of the tables, so a place in a spec reads the same for both.
-    """
-
-    def __init__(self, kinds: Kinds[Any]) -> None:
-        self.kinds = kinds
-
-    def tables(self) -> Iterator[tuple[str, type[KindTable]]]:
-        """The table of every kind, with the tag by which errors name it."""
-        for name in self.kinds:
-            yield f"kind={name}", self.table(name)
+class KindOf(TableOf):
+    """Marks a field as a table of one of the classes that are registered when it is read."""
 
     def table(self, name: str) -> type[KindTable]:
-        """The table of one kind."""
+        """The table of the arguments of a class."""
         return table_of(self.kinds[name])
 
-    def validate(self, given: Any) -> KindTable:
-        """The table that is written, with an object made of it."""
-        if isinstance(given, KindTable):
-            return given
-        if not isinstance(given, dict) or "kind" not in given:
-            raise PydanticCustomError("union_tag_not_found", "a table with the key kind")
-        name, tag = given["kind"], f"kind={given['kind']}"
-        if name not in self.kinds:
-            raise PydanticCustomError("union_tag_invalid", "unknown kind {tag}", {"tag": tag})
-        try:
-            table = self.table(name).model_validate(given)
-        except ValidationError as error:
-            found = error.errors(include_url=False)
-            raise _located([(e["type"], (tag, *e["loc"]), e["input"], e["msg"], e.get("ctx"))
-                            for e in found]) from error  # fmt: skip
+    def checked(self, table: Section, given: dict[str, Any]) -> Section:
+        """The table, if an object can be made of it."""
+        assert isinstance(table, KindTable)
         try:
             _ = table.made
         except (ValueError, TypeError) as error:
-            key, message = _named_key(name, str(error), type(table).model_fields)
-            place = (tag, key) if key else (tag,)
-            raise _located([(REFUSED, place, given.get(key, given), message, None)]) from error
+            key, message = _named_key(table.kind, str(error), type(table).model_fields)
+            place = (key,) if key else ()
+            raise located([(REFUSED, place, given.get(key, given), message, None)]) from error
         return table
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.validate)
 
 
 DynamicsTable = Annotated[KindTable, KindOf(DYNAMICS)]
@@ -196,21 +164,6 @@ def _named_key(kind: str, message: str, keys: Container[str]) -> tuple[str, str]
         return "", message.rstrip(".")
     given = f"got {match[2][1:]}; " if match[2] else ""
     return match[1], f"{given}{match[3]}".rstrip(".")
-
-
-def _located(
-    found: Iterable[tuple[str, tuple[str | int, ...], Any, str, dict[str, Any] | None]],
-) -> ValidationError:
-    """Errors inside a table, which pydantic reports at the place of the table."""
-    details = [
-        InitErrorDetails(
-            type=PydanticCustomError(kind, message.replace("{", "{{").replace("}", "}}"), context),  # pyright: ignore[reportArgumentType]
-            loc=place,
-            input=given,
-        )
-        for kind, place, given, message, context in found
-    ]
-    return ValidationError.from_exception_data("table", details)
 
 
 def _restored(kind: type, values: dict[str, Any]) -> KindTable:

@@ -12,8 +12,9 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from gradflow.study.spec.check import check
+from gradflow.study.spec.chosen import TableOf
 from gradflow.study.spec.errors import Fault, not_one_of, shown, suggestion
-from gradflow.study.spec.kind_tables import REFUSED, KindOf, KindTable
+from gradflow.study.spec.kind_tables import REFUSED
 from gradflow.study.spec.locate import Lines, Path as KeyPath, syntax_error_line
 from gradflow.study.spec.order_tables import given_step_sizes
 from gradflow.study.spec.part import Part, take_part
@@ -204,24 +205,23 @@ def _field(loc: tuple[str | int, ...]) -> tuple[FieldInfo | None, type[BaseModel
 
 def _tables(field: FieldInfo) -> Iterator[tuple[str, type[BaseModel]]]:
     """The tables that a field may hold, with their tags."""
-    for mark in field.metadata:
-        if isinstance(mark, KindOf):
-            yield from mark.tables()
-    yield from _models(field.annotation)
+    marks = [mark for mark in field.metadata if isinstance(mark, TableOf)]
+    if marks:
+        yield from marks[0].tables()
+    else:
+        yield from _models(field.annotation)
 
 
 def _models(annotation: Any, tag: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     """The models inside an annotation with their tags."""
-    kinds = [m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, KindOf)]
-    if kinds or annotation is KindTable:
-        yield from (pair for mark in kinds for pair in mark.tables())
+    marks = getattr(annotation, "__metadata__", ())
+    if chosen := [mark for mark in marks if isinstance(mark, TableOf)]:
+        yield from chosen[0].tables()
         return
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield tag, annotation
     for inner in get_args(annotation):
-        tags = [
-            mark.tag for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, Tag)
-        ]
+        tags = [mark.tag for mark in marks if isinstance(mark, Tag)]
         yield from _models(inner, tags[0] if tags else tag)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from gradflow.study.spec.spec import Orders, StudySpec
+from gradflow.study.spec.spec import StudySpec
 
 Part: TypeAlias = Literal["study", "runs", "orders"]
 
@@ -17,7 +17,7 @@ def take_part(spec: StudySpec, part: Part) -> StudySpec:
     if part == "runs":
         return spec.model_copy(update={"orders": []})
     if part == "orders":
-        figures = [figure for figure in spec.figure if isinstance(figure, Orders)]
-        claims = [claim for claim in spec.claim if claim.orders is not None]
+        figures = [figure for figure in spec.figure if figure.about == "orders"]
+        claims = [claim for claim in spec.claim if claim.about == "orders"]
         return spec.model_copy(update={"run": [], "figure": figures, "claim": claims})
     return spec

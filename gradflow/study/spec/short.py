@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from gradflow.study.spec.order_tables import OrdersSpec
-from gradflow.study.spec.spec import RunSpec, SaveSpec, ShortSpec, StudySpec
+from gradflow.study.spec.run_tables import RunSpec, SaveSpec
+from gradflow.study.spec.spec import ShortSpec, StudySpec
 
 
 def shorten(spec: StudySpec) -> StudySpec:

@@ -1,73 +1,30 @@
-"""What a measured value is, the list of measures, and how they read trajectories.
+"""How measures read trajectories.
 
-A measure is a function of a claim and the results of its runs. It raises `ValueError` with the
-reason where the value cannot be measured. Errors are standard errors over independent replicas.
+Errors are standard errors over independent replicas.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradflow.random.antithetic import IndependentSamples
 from gradflow.study.results import RunResult
-from gradflow.study.spec.spec import ClaimSpec
+from gradflow.study.spec.claim_keys import OfComponent, OfObservable, WithWindow
+from gradflow.study.spec.claim_tables import Measurement
 
 Values = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """A measured value.
-
-    Attributes:
-        value: the number.
-        error: its standard error, None where there is none.
-        predicted: what theory says, None where it says nothing.
-        word: the value of a quantity that is a word.
-        detail: how it was measured, for people.
-        parts: what it is in parts of its window, where these differ: then it is not one number.
-    """
-
-    value: float
-    error: float | None = None
-    predicted: float | None = None
-    word: str = ""
-    detail: str = ""
-    parts: tuple[float, ...] = ()
-
-
-Measure = Callable[[ClaimSpec, Sequence[RunResult]], Measurement]
-_M = TypeVar("_M", bound=Measure)
-
-
-def registering(measures: dict[str, Measure]) -> Callable[[str], Callable[[_M], _M]]:
-    """A decorator that enters a function into `measures` under the name of its quantity."""
-
-    def measure(name: str) -> Callable[[_M], _M]:
-        def register(function: _M) -> _M:
-            measures[name] = function
-            return function
-
-        return register
-
-    return measure
-
-
-# --- reading trajectories -----------------------------------------------------------------------
-
-
-def claim_window(claim: ClaimSpec) -> tuple[float, float] | None:
+def claim_window(claim: WithWindow) -> tuple[float, float] | None:
     """The window a claim gives, in flow time."""
     return None if claim.window is None else (claim.window[0], claim.window[1])
 
 
-def inside_window(claim: ClaimSpec, run: RunResult) -> NDArray[np.bool_]:
+def inside_window(claim: WithWindow, run: RunResult) -> NDArray[np.bool_]:
     """Which saved times lie in the window of a claim, `(time,)`."""
     time = run.trajectory.time
     low, high = claim_window(claim) or (time[0], time[-1])
@@ -108,16 +65,16 @@ def finite(run: RunResult, observable: str) -> Values:
     return values[survivors(run)]
 
 
-def observable_values(claim: ClaimSpec, run: RunResult) -> Values:
+def observable_values(claim: OfComponent, run: RunResult) -> Values:
     """The claim's observable, or one entry of it, `(replica, time, ...)`."""
     if claim.component is None:
-        return finite(run, str(claim.observable))
+        return finite(run, claim.observable)
     return entry(claim, run, "component")
 
 
-def entry(claim: ClaimSpec, run: RunResult, key: Literal["component", "over"]) -> Values:
+def entry(claim: OfObservable, run: RunResult, key: Literal["component", "over"]) -> Values:
     """The entry of the claim's observable that one of its keys chooses, `(replica, time)`."""
-    values = finite(run, str(claim.observable))
+    values = finite(run, claim.observable)
     chosen, shape = getattr(claim, key), values.shape[2:]
     fits = len(chosen) == len(shape) and all(
         -size <= index < size for index, size in zip(chosen, shape, strict=True)
@@ -127,7 +84,7 @@ def entry(claim: ClaimSpec, run: RunResult, key: Literal["component", "over"]) -
     return values[(..., *chosen)]
 
 
-def scalar(claim: ClaimSpec, run: RunResult) -> Values:
+def scalar(claim: OfComponent, run: RunResult) -> Values:
     """One number a replica and time, `(replica, time)`."""
     values = observable_values(claim, run)
     if values.ndim > 2:

@@ -9,7 +9,7 @@ from gradflow.dynamics import SlowFlow
 from gradflow.plot.reading import RunView
 from gradflow.plot.style import LineStyle, group_colours, line_style
 from gradflow.study.results import StudyResult
-from gradflow.study.spec.spec import RunSpec
+from gradflow.study.spec.run_tables import RunSpec
 
 
 def run_views(result: StudyResult, names: Sequence[str]) -> tuple[RunView, ...]:
