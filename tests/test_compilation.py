@@ -56,7 +56,7 @@ def test_compiling_is_noticed():
     assert EVENTS[before:] == list(COMPILING)
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -93,7 +93,7 @@ def check_all(dynamics: str, regularizer: str):
         check(DYNAMICS[dynamics](), REGULARIZERS[regularizer], start)
 
 
-@pytest.mark.few_cases(2)
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("dynamics", "regularizer"), QUICK)
 def test_nothing_is_silently_wrong(dynamics: str, regularizer: str):
     check_all(dynamics, regularizer)
@@ -216,6 +216,7 @@ def test_a_scale_beyond_the_floats_is_refused():
         gf.init.gaussian.__wrapped__((1, 1, 1), 10**400, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_what_diverges_is_not_said_to_overflow(recwarn: pytest.WarningsRecorder):
     problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(0.1)])
     net = gf.DeepLinear([[[2.0]], [[0.1]]])

@@ -72,6 +72,7 @@ def test_gaussian_moments():
     assert abs(overlap) < 4 * np.sqrt(50 * 200)
 
 
+@pytest.mark.slow
 @given(widths, seeds, sizes)
 def test_orthogonal_layers(shape, seed, scale):
     for w in layers(init.orthogonal(shape, scale, jax.random.key(seed))):
@@ -122,6 +123,7 @@ def test_rank_deficient_targets_leave_no_rounding_in_the_weights():
         assert np.sum(np.linalg.svd(w, compute_uv=False) > 1e-12) == 1
 
 
+@pytest.mark.slow
 @given(widths, seeds, sizes)
 def test_balanced_of_a_scale(shape, seed, scale):
     network = init.balanced(scale, shape, jax.random.key(seed))

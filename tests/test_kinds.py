@@ -164,6 +164,7 @@ def call(*arguments):
     return result
 
 
+@pytest.mark.slow
 def test_a_study_of_toys(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toy.toml").write_text(SPEC)

@@ -21,6 +21,7 @@ def moments(data):
     return as_numpy((data.sxx, data.syx, data.syy))
 
 
+@pytest.mark.slow
 @given(cases())
 def test_loss_and_gradient_against_complex_steps(case):
     net, data = case
@@ -41,6 +42,7 @@ def test_loss_is_half_the_mean_squared_error(case):
     assert_close([evaluate(net, data).loss], [expected], size)
 
 
+@pytest.mark.slow
 @given(cases())
 def test_loss_is_never_below_the_irreducible_loss(case):
     net, data = case
@@ -53,6 +55,7 @@ def differentiated(net, data):
     return jax.grad(lambda w: gf.loss(gf.DeepLinear(w), data))(net.weights)
 
 
+@pytest.mark.slow
 @given(cases())
 def test_gradient_against_automatic_differentiation(case):
     net, data = case

@@ -15,7 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # Distributions whose import has another name.
-IMPORT_NAMES = {"scikit-learn": "sklearn", "lazy-loader": "lazy_loader"}
+IMPORT_NAMES = {
+    "scikit-learn": "sklearn",
+    "lazy-loader": "lazy_loader",
+    "pydantic-core": "pydantic_core",
+}
 
 # Used through another library: xarray writes NetCDF through h5netcdf and h5py, pandas reads Parquet
 # through pyarrow.
@@ -110,6 +114,7 @@ def test_citation_and_changelog_know_the_version():
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(("variable", "expected"), [(None, "True"), ("1", "True"), ("0", "False")])
 def test_importing_gradflow_switches_jax_to_64_bit(variable: str | None, expected: str):
     environment = {

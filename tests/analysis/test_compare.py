@@ -300,6 +300,7 @@ PLAIN = gf.Problem(gf.Regression.whitened(target=[[1.0]]))
 SCALARS = gf.DeepLinear([np.array([[2.0]]), np.array([[0.1]])])
 
 
+@pytest.mark.slow
 def test_deterministic_dynamics_need_no_replicas_and_own_observables_are_taken():
     def ratio(net, problem):
         return net.weights[1][0, 0] / net.weights[0][0, 0]

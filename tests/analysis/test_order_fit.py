@@ -55,7 +55,7 @@ def test_large_steps_outside_of_the_asymptotic_range_are_left_out():
     assert "larger left out" in fit.reason
 
 
-@pytest.mark.few_cases(7)
+@pytest.mark.few_cases(4)
 @pytest.mark.parametrize("order", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("bend", [-3.0, 0.0, 3.0])
 @pytest.mark.parametrize("relative", [0.1, 0.02])
@@ -93,7 +93,7 @@ def test_noise_alone_has_no_order():
         assert not fit.used.any()
 
 
-@pytest.mark.few_cases(2)
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("order", "relative"), [(1.0, 1.0), (2.0, 2.0), (1.0, 2.0), (0.5, 1.0)])
 def test_the_promised_replicas_resolve_the_order(order, relative):
     # In most trials the promise is within a factor of 30 of the median one, with which the order is

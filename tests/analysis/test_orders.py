@@ -54,6 +54,7 @@ def first_order():
 # Deterministic dynamics
 
 
+@pytest.mark.slow
 def test_gradient_descent_follows_gradient_flow_to_order_one():
     found = orders(
         QUIET,
@@ -118,6 +119,7 @@ def test_different_momenta_do_not_keep_pace_in_flow_time_and_the_table_says_so()
     assert not any("momenta" in note for note in together.notes)
 
 
+@pytest.mark.slow
 def test_the_largest_difference_over_times():
     times = [0.5, 1.0, 1.5]
     found = orders(
@@ -136,6 +138,7 @@ def test_the_largest_difference_over_times():
         assert error == pytest.approx(np.abs(run["loss"] - flow["loss"]).max(), rel=1e-8)
 
 
+@pytest.mark.slow
 def test_step_sizes_that_diverge_are_left_out():
     net = gf.DeepLinear([np.array([[2.0]]), np.array([[0.1]])])
     found = orders(

@@ -34,6 +34,7 @@ def test_label_noise_on_two_inputs(momentum: float):
     assert found == pytest.approx(label_noise_sum(momentum), rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_scalar_network_keeps_what_label_noise_sees():
     """With one input and output the noise moves D at a rate of D, which descent hardly changes."""
     problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(STD)])

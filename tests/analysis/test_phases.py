@@ -103,6 +103,7 @@ def test_weight_decay_on_a_scalar_network_against_scipy(make_run, decay, expecte
     assert found.regularization_rate.value == pytest.approx(2.0 * decay, rel=1e-6)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("time", [TIME, LOG_TIME], ids=["lin", "log"])
 def test_a_noisy_boundary_is_unbiased_and_its_interval_covers(make_run, time):
     rng, trials = np.random.default_rng(11), 60
@@ -277,6 +278,7 @@ def test_a_missing_imbalance_costs_only_its_rate(make_run):
     assert "no regularization rate: observable 'imbalance' was not recorded" in found.note
 
 
+@pytest.mark.slow
 def test_a_real_run_of_sgd_with_label_noise():
     # Scalar depth 2 from (2, 0.1): rate of the residual 4.4 to 5, imbalance h s^2 2/(2 - h lambda).
     h, s = 0.02, 0.5

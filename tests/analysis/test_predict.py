@@ -43,6 +43,7 @@ def test_sgd_under_label_noise():
     assert found.loss_floor == pytest.approx(floor, rel=1e-6)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("amplification", [1, 4])
 def test_svag_under_label_noise(amplification):
     eta = H / amplification
@@ -53,7 +54,7 @@ def test_svag_under_label_noise(amplification):
     assert found.imbalance_rate == pytest.approx(-np.log(1.0 - eta**2 * second) / eta, rel=1e-8)
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, 2])
 def test_stochastic_flows_under_label_noise(order):
     u, sharpness = minimum(0.0)
@@ -76,6 +77,7 @@ def test_descent_under_weight_decay():
     assert found.imbalance_rate == pytest.approx(-2.0 * np.log(1.0 - H * DECAY) / H, rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.5, 0.9])
 def test_heavy_ball_under_label_noise(beta):
     h = 0.5 * (1.0 - beta) ** 2
@@ -119,6 +121,7 @@ def test_both_theories_at_the_same_minimum():
     assert found.reason == ""
 
 
+@pytest.mark.slow
 def test_half_lives_are_quadratures():
     h = 0.4
     u, _ = minimum(h)
@@ -267,6 +270,7 @@ def test_noise_inside_the_network():
     assert still.imbalance_drift == 0.0 and "stands still" in still.reason
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("std", [1e-2, 1e-6])
 def test_weak_noise_is_not_taken_for_none(std: float):
     r"""White inputs and $w_1 w_2 = 1$: $\dot D = -h \sigma^2 D$ halves $D$ in $\log 2/h \sigma^2$.

@@ -20,6 +20,7 @@ def row(text, name):
     return line.removeprefix(name).split()
 
 
+@pytest.mark.slow
 def test_a_start_beyond_the_edge_is_noted():
     """h lambda_max from the 2 x 2 Hessian by hand; descent by NumPy says where D goes."""
     h, w1, w2 = 0.6, 2.0, 0.1
@@ -111,6 +112,7 @@ def test_data_that_are_fitted_exactly(h):
         assert found.loss_floor == 0.0 and found.imbalance_drift == 0.0
 
 
+@pytest.mark.slow
 def test_residuals_that_are_zero_up_to_rounding():
     x = np.array([[0.3], [0.8], [1.1], [1.9]])
     problem = gf.Problem(gf.Regression.from_samples(x, 1.2 * x), [gf.Minibatch(1)])
@@ -124,6 +126,7 @@ def test_residuals_that_are_zero_up_to_rounding():
     assert "largest stable step size at this minimum is 0.3101" in beyond.reason
 
 
+@pytest.mark.slow
 def test_an_sde_that_is_unstable_in_mean_square_says_why_it_has_no_floor():
     """dx = -a S x dt + sqrt(h V) a x dB: E x^2 grows from h = 2 S / (a V) on, V = Var x^2."""
     x = np.array([[0.1], [0.1], [0.1], [2.0]])
@@ -168,6 +171,7 @@ def test_numerical_zeros_are_zeros_and_digits_are_equal():
     assert row(text, "  |W_i+1|^2/|W_i|^2") == ["1.000", "1.000"]
 
 
+@pytest.mark.slow
 def test_wrong_arguments():
     program = """
         import gradflow as gf

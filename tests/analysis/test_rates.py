@@ -74,6 +74,7 @@ def test_estimate_error_and_interval_against_numpy_and_scipy(make_run):
     assert (rate.low, rate.high) == pytest.approx(interval, rel=1e-10)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     ("of", "truth"), [("replica", 0.5), ("mean", 0.5 - 0.3**2 / 2)], ids=["path", "mean"]
 )
@@ -290,6 +291,7 @@ def test_a_single_noisy_path_cannot_tell(make_run):
     assert max(rate.local) - min(rate.local) > 0.02 * max(map(abs, rate.local))
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("of", ["replica", "mean"])
 def test_a_change_is_seen_and_none_is_invented(make_run, of):
     rng, trials = np.random.default_rng(10), 200

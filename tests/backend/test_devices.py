@@ -56,6 +56,7 @@ def python(program: str, *arguments: str, **changes: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_devices():
     """The same random numbers; matrix products of another batch may round differently."""
     one, three = (json.loads(python(PROGRAM, n, GRADFLOW_HOST_DEVICES=n)) for n in ("1", "3"))
@@ -67,6 +68,7 @@ def test_results_do_not_depend_on_the_number_of_devices():
 # How many there are
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -84,6 +86,7 @@ def test_the_number_of_host_devices(first: str, changes: dict[str, str], expecte
     assert int(python(program, **changes)) == expected
 
 
+@pytest.mark.slow
 def test_devices_that_exist_stay_as_they_are():
     program = """
         import jax

@@ -61,6 +61,7 @@ def status(folder: Path) -> str:
     return json.loads((folder / "status.json").read_text())["status"]
 
 
+@pytest.mark.slow
 def test_the_program_runs_a_study_and_repeats_it(folder):
     run = subprocess.run(
         [*PROGRAM, "study", "good.toml"], capture_output=True, text=True, timeout=300
@@ -98,6 +99,7 @@ def test_a_claim_that_fails(folder):
     assert (folder / "here" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_claim_that_cannot_be_measured_is_undecided_everywhere(folder):
     """No regularizer, so no end of the optimization phase, and no rate after it."""
     text = GOOD.replace('regularizers = [{ kind = "WeightDecay", rate = 0.1 }]\n', "")

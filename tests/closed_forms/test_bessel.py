@@ -23,7 +23,7 @@ def cases() -> list[tuple[float, float, float]]:
     return found
 
 
-@pytest.mark.few_cases(20)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases())
 def test_ratios(case: tuple[float, float, float]):
     mp.mp.dps = 40
@@ -38,6 +38,7 @@ def test_ratios(case: tuple[float, float, float]):
     assert abs(mp.mpf(float(growth(*case))) - log) <= 1e-14 * (1 + abs(log))
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("mu", "s"), [(1880.25, 1e4), (2000.5, 700.0), (3000.0, 40.0)])
 def test_large_orders(mu: float, s: float):
     """The first kind by its continued fraction, the second by its recurrence upwards."""

@@ -33,7 +33,7 @@ PAIRS = [  # w1, w2, sxx, b
 ]
 
 
-@pytest.mark.few_cases(4)
+@pytest.mark.few_cases(2)
 @extended
 @pytest.mark.parametrize("case", PAIRS)
 def test_scalar_pairs(case: tuple[float, ...]):
@@ -77,7 +77,7 @@ CHAINS = [
 ]
 
 
-@pytest.mark.few_cases(2)
+@pytest.mark.slow
 @extended
 @pytest.mark.parametrize("case", CHAINS)
 def test_scalar_chains(case: tuple[tuple[float, ...], float, float]):
@@ -102,7 +102,7 @@ ALIGNED = [
 ]
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @extended
 @pytest.mark.parametrize("case", ALIGNED)
 def test_aligned_modes(case: tuple):

@@ -46,6 +46,7 @@ def test_opposite_weights_decay_to_the_saddle(form: str):
             assert abs(sign * mp.mpf(float(layer[k, 0, 0])) / exact - 1) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "marks"),
     [
@@ -135,7 +136,7 @@ def test_decaying_pairs_at_long_times(case: tuple[float, ...], marks: list[float
             assert abs(mp.mpf(float(layer[k, 0, 0])) / value - 1) < 1e-13
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["decaying channel", "aligned pairs"])
 @pytest.mark.parametrize("b", [1.0, -1.0])
 @pytest.mark.parametrize("decay", [1e-2, 1e-4, 1e-6, 1e-8])
@@ -188,6 +189,7 @@ def test_balanced_modes_reach_their_size_in_time(depth: int, start: float, targe
     np.testing.assert_allclose(run[0][-1], target ** (1.0 / depth), rtol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [10.0, 20.0, 200.0])
 def test_riccati_keeps_its_digits_at_long_times(t: float):
     """The unsplit formula is singular in double precision from |F| t of about 40 on."""

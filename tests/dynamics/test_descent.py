@@ -148,6 +148,7 @@ def test_epochs_are_not_broken_by_blocks_of_noise():
         reference.assert_close([w[r] for w in run.weights], expected, 1.0, 1e-10)
 
 
+@pytest.mark.slow
 def test_balancedness_moves_by_the_gram_difference_of_the_step():
     """G+ = G + dW_{i+1}^T dW_{i+1} - dW_i dW_i^T path by path, for gradients A^T M B^T."""
     problem = problem_of(gf.Minibatch(3), gf.LabelNoise(0.5), gf.InputNoise(0.2))
@@ -220,6 +221,7 @@ def clean_gradient(weights: reference.Layers, k: int) -> reference.Layers:
     return reference.gradient(weights, *moments())
 
 
+@pytest.mark.few_cases(3)
 @pytest.mark.parametrize("decay", ["coupled", "decoupled"])
 @pytest.mark.parametrize("nesterov", [False, True], ids=["heavy ball", "nesterov"])
 def test_momentum_from_an_initial_velocity(nesterov: bool, decay: Any):
@@ -339,6 +341,7 @@ def test_adam_with_decoupled_decay_is_adamw():
     reference.assert_close(run.weights, expected, reference.scale(*expected))
 
 
+@pytest.mark.slow
 def test_every_path_has_an_optimizer_of_its_own():
     """Saving in between changes no bit, so state and block of noise are carried over."""
     problem = problem_of(gf.LabelNoise(0.7))
@@ -528,7 +531,7 @@ def test_refuses_what_does_not_fit_the_problem(dynamics: gf.GradientDescent, mes
         every_step(problem, dynamics, 3, key=KEY)
 
 
-@pytest.mark.few_cases(2)
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     ("dynamics", "limit"),
     [

@@ -54,6 +54,7 @@ def test_runs_with_momentum_carry_the_coordinate(tmp_path):
     np.testing.assert_array_equal(plain.effective_time, plain.time)
 
 
+@pytest.mark.slow
 def test_statistics_and_schedules_carry_it_too():
     problem = gf.Problem(PROBLEM.data, [gf.LabelNoise(0.5)])
     halved = gf.FromOptax("exponential_decay", init_value=0.1, transition_steps=1, decay_rate=0.5)

@@ -38,7 +38,7 @@ CHOICES = [
 ]
 
 
-@pytest.mark.few_cases(2)
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("problem", "net", "form"), CHOICES)
 def test_chooses_a_form_and_agrees_with_scipy(problem: gf.Problem, net: gf.DeepLinear, form: str):
     assert gf.ExactFlow().closed_form(problem, net) == form

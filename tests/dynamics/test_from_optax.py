@@ -82,7 +82,7 @@ OPTIMIZERS -= {"noisy_sgd"}  # noise of its own, the same for every replica
 OPTIMIZERS |= {"scale_by_learning_rate"}
 
 
-@pytest.mark.few_cases(36)
+@pytest.mark.few_cases(11)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_of_optax_is_an_optimizer_a_schedule_or_refused(name):
@@ -107,6 +107,7 @@ NOT_OF_ONES = {
 }
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     "name",
     [
@@ -257,6 +258,7 @@ def test_transformations_that_cannot_be_used(optimizer, error, message):
         gf.simulate(PROBLEM, NET, gf.GradientDescent(0.1, optimizer=optimizer), steps=2, save=2)
 
 
+@pytest.mark.slow
 def test_a_chain_with_a_learning_rate_and_a_descent_without_one_run():
     for optimizer in (
         optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),

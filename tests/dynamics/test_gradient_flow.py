@@ -44,7 +44,7 @@ def tight_run(widths: tuple[int, ...]) -> gf.Trajectory:
     )
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", SHAPES)
 def test_agrees_with_scipy(widths: tuple[int, ...]):
     run = tight_run(widths)
@@ -55,6 +55,7 @@ def test_agrees_with_scipy(widths: tuple[int, ...]):
         np.testing.assert_allclose(actual, layer, rtol=0.0, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", SHAPES[1:])
 def test_conserves_every_balancedness(widths: tuple[int, ...]):
     for g in training.gram_path(tight_run(widths).weights):
@@ -80,6 +81,7 @@ def test_conservative_flow_conserves_to_rounding_and_agrees():
         np.testing.assert_allclose(actual[0], explicit, rtol=0.0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_what_the_readme_says_of_conservation_from_a_tiny_start():
     """G_i is 1e-23 at the start, and weights of size 1 at the end round to 2e-16 of |W|^2."""
     rng = np.random.default_rng(0)
@@ -161,6 +163,7 @@ def test_agrees_with_the_closed_form_to_its_tolerance(rtol: float, tolerance: fl
         np.testing.assert_allclose(actual.ravel(), exact, rtol=0.0, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_weight_decay_shrinks_every_balancedness_at_twice_its_rate():
     widths, rate = (2, 3, 2), 0.3
     problem = problem_of(widths, gf.WeightDecay(rate))
@@ -175,6 +178,7 @@ def test_weight_decay_shrinks_every_balancedness_at_twice_its_rate():
         np.testing.assert_allclose(actual, layer, rtol=0.0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_input_noise_conserves_balancedness_and_adds_to_the_input_moment():
     widths, std = (2, 3, 2), 0.6
     problem = problem_of(widths, gf.InputNoise(std), gf.LabelNoise(0.5))

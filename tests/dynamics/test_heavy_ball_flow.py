@@ -103,7 +103,7 @@ def matched_velocity(
     return (kick - g) / (1 + beta) - pull
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["coupled", "decoupled"])
 def test_against_scipy(decay: Any):
     h, beta = 0.1, 0.6
@@ -119,7 +119,7 @@ def exponents(errors: list[float]) -> np.ndarray:
     return np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
 
 
-@pytest.mark.few_cases(3)
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("decay", ["coupled", "decoupled"])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 @pytest.mark.parametrize("kicked", [False, True], ids=["rest", "kicked"])

@@ -48,6 +48,7 @@ class AbsoluteValue(AbstractPenalty):
 # Limits
 
 
+@pytest.mark.few_cases(3)
 @pytest.mark.parametrize("save", [2, 101])
 @pytest.mark.parametrize(
     ("w1", "w2", "t1"), [(30.0, 0.01, 1e4), (30.0, 0.01, 1e12), (2.0, 0.1, 1e7), (2.0, 0.1, 1e12)]
@@ -90,6 +91,7 @@ def test_rest_waits_for_what_leaves_a_saddle():
 # Starts below the tolerance
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("start", [1e-8, 1e-12, 1e-16, 1e-22, 1e-100])
 def test_leaving_a_saddle_takes_its_time(start: float):
     """The end-to-end weight is 1/2 at t = ln((1 - a^2)/a^2)/2."""
@@ -100,7 +102,7 @@ def test_leaving_a_saddle_takes_its_time(start: float):
     np.testing.assert_allclose(end(run, "end_to_end"), 0.5, rtol=1e-6)
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flow",
     [
@@ -119,6 +121,7 @@ def test_every_adaptive_dynamics_does(flow: Any):
     np.testing.assert_allclose(end(run, "end_to_end"), 1.0, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_depth_three_leaves_its_saddle_in_time():
     """t = int dw / (w^2 (T - w^3)), by SciPy; an error at the start grows like w^2."""
     start, stop = 1e-4, 0.8
@@ -189,6 +192,7 @@ def test_a_kink_is_named():
     np.testing.assert_allclose(run["loss"], expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_an_explosion_is_no_kink():
     """A penalty -w^6/6 drives the weight to infinity at a finite time, with ever shorter steps."""
 
@@ -313,6 +317,7 @@ def test_another_solver_than_the_default_stays():
 # Short calls
 
 
+@pytest.mark.slow
 def test_the_host_is_asked_often():
     """A flow that takes 10^6 steps between two saved times can be stopped, and keeps its start."""
     problem = gf.Problem(SCALAR.data, [gf.WeightDecay(1e-7)])

@@ -59,7 +59,7 @@ def along(
     return 2.0 * coefficients[2] if degree >= 2 else np.zeros(values[0].shape)
 
 
-@pytest.mark.few_cases(4)
+@pytest.mark.few_cases(3)
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("widths", SHAPES)
 def test_the_drift_is_the_series_of_backward_error_analysis(widths: tuple[int, ...], decay: float):
@@ -161,6 +161,7 @@ def mean_after_an_epoch(
     return [np.mean(layer, axis=0) for layer in zip(*ends, strict=True)]
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(
     ("widths", "rows", "size", "decay"),
     [((1, 1), 4, 1, 0.0), ((2, 2, 1), 4, 2, 0.5), ((1, 2, 1), 5, 2, 0.0)],

@@ -80,6 +80,7 @@ def seen(name: str, dynamics: Any) -> float:
     return observe(resolve([name]), weights, PROBLEM, dynamics)[name].item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss_floor", "imbalance_drift"])
 def test_observables_take_its_theory(name: str):
     assert seen(name, OWN) == seen(name, SGD) != 0.0

@@ -32,7 +32,7 @@ def test_the_factor_is_finite_where_a_mode_dies_in_one_step():
     assert complex(found) == pytest.approx(np.log(np.finfo(float).eps))
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.4])
 def test_passes_through_every_iterate_on_a_quadratic_loss(decay: float):
     """One layer: W_k = W* + (W_0 - W*)(I - h S)^k, h lambda = 0, .3, 1, 1.5, 2 and 2.5.

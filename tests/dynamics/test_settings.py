@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import jax.numpy as jnp
+import pytest
 
 import gradflow as gf
 
@@ -46,6 +47,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_a_function_or_a_text_where_a_number_is_needed_is_named():
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
     done = subprocess.run(command, capture_output=True, text=True)

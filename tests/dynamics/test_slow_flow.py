@@ -37,7 +37,7 @@ def run(problem, net, dynamics, t1, save=9, **options):
 # Closed forms
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("finite_step", "momentum"), [(True, 0.0), (True, 0.9), (False, 0.9)])
 def test_scalar_depth_two_follows_its_closed_form(finite_step, momentum):
     """du/dt = -h v u 2(1+b)/((1-b)^2 (2(1+b) - h lam(u))), lam = sqrt(u^2 + 4), by SciPy."""
@@ -168,6 +168,7 @@ def test_replicas_and_several_starts_are_single_runs_side_by_side():
     np.testing.assert_allclose(traces(copies)[1], traces(together)[0], rtol=0.0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_length_in_steps_is_flow_time():
     by_steps = gf.simulate(label(), CHAIN, SlowFlow(0.25), steps=40, save=3)
     assert by_steps.time[-1] == pytest.approx(10.0)
@@ -208,7 +209,7 @@ def fitted(x, target):
     return gf.Problem(data, [gf.Minibatch(1, replacement=True)]), net
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("x", "target", "limit"),
     [([0.5, 1.0, 1.5, 2.0], 1.0, "0.339"), ([0.3, 0.8, 1.1, 1.9], 1.2, "0.3101")],
@@ -286,6 +287,7 @@ def test_a_path_that_gets_to_the_edge_stops_there_and_says_so():
 # Files, descriptions, observables
 
 
+@pytest.mark.slow
 def test_it_comes_back_from_a_file_and_repeats(tmp_path):
     dynamics = SlowFlow(0.2, momentum=0.5, decay="decoupled", rtol=1e-7)
     got = run(gf.Problem(WHITE, [gf.LabelNoise(0.3), gf.WeightDecay(1e-3)]), CHAIN, dynamics, 3.0)

@@ -46,6 +46,7 @@ def test_a_sweep_is_one_program():
         np.testing.assert_allclose(of_one, jax.jit(end)(scale), rtol=0.0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_can_be_differentiated():
     """Depth 2, one number a layer, target 1: the derivative of the end with respect to w_1(0)."""
     problem = gf.Problem(gf.Regression.whitened([[1.0]]))

@@ -47,6 +47,7 @@ def test_is_the_first_replica_of_simulate(case: str):
         np.testing.assert_allclose(layer, expected[steps], rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_times_are_rounded_to_steps():
     problem, training = CASES["labels and momentum"]
     by_time = training.solve(problem, NET, [0.0, 0.32, 0.32, 0.9], key=KEY)

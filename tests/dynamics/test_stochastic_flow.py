@@ -47,6 +47,7 @@ def scalar_problem(*regularizers: gf.AbstractRegularizer) -> gf.Problem:
     return gf.Problem(gf.Regression.whitened([[1.0]]), regularizers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_without_noise_it_is_the_euler_method(decay: float):
     regularizers = [gf.WeightDecay(decay)] if decay else []
@@ -190,7 +191,7 @@ def noise_power(
     return powers
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("regularizer", [gf.LabelNoise(0.8), gf.InputNoise(0.6), gf.Minibatch(2)])
 @pytest.mark.parametrize("kind", [gf.GradientDescent, gf.StochasticFlow])
 def test_the_imbalance_drifts_by_the_power_of_the_noise(
@@ -254,6 +255,7 @@ def test_diverged_replicas_are_nan_and_leave_the_others_alone():
         np.testing.assert_array_equal(run[name][0], alone[name][0])
 
 
+@pytest.mark.slow
 def test_warns_when_the_integration_is_as_coarse_as_the_approximation():
     problem = scalar_problem(gf.LabelNoise(0.5))
     net = gf.DeepLinear([[[1.0]], [[1.0]]])

@@ -53,7 +53,7 @@ def batch_gradient(weights: reference.Layers, rows: Any) -> list[np.ndarray]:
     return [g + 0.1 * w for g, w in zip(clean, weights, strict=True)]
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", [MINIBATCH, LABEL], ids=["rows", "normals"])
 def test_amplification_one_is_sgd_bit_for_bit(problem: gf.Problem):
     ours = run(problem, SVAG(H, 1))
@@ -88,7 +88,7 @@ def test_two_draws_combined():
         reference.assert_close([w[r] for w in found.weights], expected, reference.scale(*expected))
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("amplification", "path_substeps"), [(2, None), (2, 6), (1, 3)])
 def test_gaussian_noise_follows_the_brownian_path(amplification: int, path_substeps: int | None):
     steps, std = 5, 0.8

@@ -50,7 +50,7 @@ def random_minimum(target: np.ndarray, widths: tuple[int, ...], rng) -> list[np.
 SHAPES = [(3, 3), (3, 4, 2), (3, 3, 1), (3, 5, 3, 2), (2, 3, 2, 3, 3), (1, 3, 4)]
 
 
-@pytest.mark.few_cases(3)
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("widths", SHAPES)
 @pytest.mark.parametrize("kind", ["white", "general", "singular"])
 def test_no_minimum_is_below(widths, kind):

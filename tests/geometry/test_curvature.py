@@ -34,6 +34,7 @@ def at_a_minimum(net, data):
     return gf.Regression.from_moments(data.sxx, p @ np.asarray(data.sxx))
 
 
+@pytest.mark.slow
 @given(cases())
 def test_traces_and_sharpness(case):
     net, data = case
@@ -58,6 +59,7 @@ def test_spectrum_at_a_minimum(case):
     assert np.all(np.diff(spectrum) >= 0)
 
 
+@pytest.mark.slow
 @given(cases())
 def test_kernel(case):
     net, data = case
@@ -275,7 +277,7 @@ def test_more_eigenvalues_than_parameters(k):
 # The kernel at minima.
 
 
-@pytest.mark.few_cases(2)
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("widths", [(3, 2), (4, 3, 2), (2, 3, 2, 3)])
 @pytest.mark.parametrize("kind", ["regular", "singular", "noisy"])
 def test_spectrum_at_a_minimum_of_a_problem(widths, kind):

@@ -62,6 +62,7 @@ CASES = {
 }
 
 
+@pytest.mark.few_cases(14)
 @pytest.mark.parametrize("by", ["sharpness", "trace"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_flattest_minimum_is_a_minimum_with_the_value_and_the_bound_it_claims(name, by):
@@ -153,6 +154,7 @@ def test_free_searches_over_the_minima_find_nothing_flatter(widths, s_and_t):
         assert -1e-12 < largest / least_sharpness - 1 < slack + 1e-9
 
 
+@pytest.mark.slow
 @given(cases())
 def test_no_network_is_flatter_than_the_flattest_of_its_widths(case):
     net, data = case
@@ -223,6 +225,7 @@ def test_flat_is_not_balanced():
         np.testing.assert_allclose(gap.ratio, 1.0, rtol=1e-13)
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize(
     ("target", "widths", "expected"),
     [

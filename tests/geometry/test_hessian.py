@@ -28,6 +28,7 @@ def dense_and_product(
     return dense_hessian(net, problem), hessian_vector_product(net, problem, direction)
 
 
+@pytest.mark.slow
 @given(cases())
 def test_matrix_of_the_loss(case):
     """Rows and columns of the operator are those of the derivative of the gradient."""

@@ -44,6 +44,7 @@ def limit_by_scipy(layers, data, time):
     return solution.y[:, -1]
 
 
+@pytest.mark.few_cases(3)
 @pytest.mark.parametrize(
     ("w1", "w2", "target", "sxx"),
     [(2.0, 0.1, 1.0, 1.0), (0.3, -0.2, -1.5, 0.4), (-1.0, -3.0, 0.5, 2.0), (1.0, -0.9, 0.7, 1.0)],
@@ -60,6 +61,7 @@ def test_limit_of_two_scalar_layers(w1, w2, target, sxx):
     np.testing.assert_allclose([w.item() for w in limit], expected, rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_limit_of_one_layer():
     """T on the inputs that occur, the start on those that do not."""
     rng = np.random.default_rng(0)
@@ -76,7 +78,7 @@ def gf_flow(net, data):
     return limit_maps.flow_projection(net, data)
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("widths", "rows"), [((2, 3, 2), 5), ((3, 2, 4, 2), 2), ((2, 1, 3), 4)])
 def test_limit_of_gradient_flow(widths, rows):
     """Against SciPy, with singular covariance and with a bottleneck just wide enough."""
@@ -214,7 +216,7 @@ def close(got, expected):
     assert np.abs(expected).max() > 0.005  # the identity says something
 
 
-@pytest.mark.few_cases(8)
+@pytest.mark.slow
 @pytest.mark.parametrize(("a", "b"), [(3, 3), (0, 3), (1, 2)])
 def test_second_derivative_across_the_manifold(map_and_step, minimum, a, b):
     call, h = map_and_step
@@ -226,7 +228,7 @@ def test_second_derivative_across_the_manifold(map_and_step, minimum, a, b):
     close(minimum.tangent(got), expected)
 
 
-@pytest.mark.few_cases(5)
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("t", "b"), [(0, 0), (2, 3)])
 def test_second_derivative_of_one_tangent(map_and_step, minimum, t, b):
     call, _ = map_and_step
@@ -319,7 +321,7 @@ def test_paths_of_an_ensemble_end_each_for_itself():
         )
 
 
-@pytest.mark.few_cases(4)
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     ("layers", "target", "step_size", "message"),
     [

@@ -52,7 +52,7 @@ def misfit(layers, s, target):
     return ((reference.end_to_end(layers) - target) @ root_of(s)).ravel()
 
 
-@pytest.mark.few_cases(4)
+@pytest.mark.few_cases(3)
 @pytest.mark.parametrize(("widths", "rank"), SHAPES)
 def test_tangent_is_the_projection_on_the_kernel(widths, rank):
     rng = np.random.default_rng(0)

@@ -37,6 +37,7 @@ def all_turns(weights):
     return np.array(columns).T if columns else np.zeros((sum(w.size for w in weights), 0))
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_what_is_left_is_the_residual_of_least_squares(widths):
     weights, velocity = weights_of(widths, 0), weights_of(widths, 1)

@@ -14,7 +14,7 @@ from gradflow.geometry import (
 )
 
 
-@pytest.mark.few_cases(3)
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("name", CASES)
 def test_whole_spectrum(name):
     net, problem = case(name)
@@ -45,7 +45,7 @@ def large() -> tuple[np.ndarray, SpectralDensity]:
     return values, spectral_density(net, problem, key=jax.random.key(0), probes=128, steps=40)
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [lambda x: x, lambda x: x**2, lambda x: x**3, lambda x: jnp.exp(-(x**2)), jnp.tanh],
@@ -81,6 +81,7 @@ def test_density_on_a_grid(large):
     assert np.trapezoid(np.abs(found - smoothed), points) < 0.03
 
 
+@pytest.mark.slow
 def test_as_many_steps_as_parameters_leave_only_the_vectors():
     """Then each vector's rule is exact: v'f(H)v / n for its signs v, whatever f."""
     net, data = minimum((3, 4, 2), np.diag([1.0, 1.0, 4.0]))  # zeros and equal eigenvalues
@@ -98,6 +99,7 @@ def test_as_many_steps_as_parameters_leave_only_the_vectors():
     np.testing.assert_allclose(np.sum(density.weights, axis=1), 1.0, rtol=1e-12)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(("weight", "level"), [(0.0, 0.0), (1.0, 1.0)])
 def test_spectrum_of_one_value(weight, level):
     """Invariant spaces from the first step on: H = 0 and H = I."""

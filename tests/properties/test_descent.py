@@ -131,7 +131,7 @@ def test_one_layer_converges_as_a_power():
         assert_close(layers_at(run, k), [best + (start - best) @ power], scale([best, start]))
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("reshuffled", [False, True])
 def test_a_full_batch_without_replacement_is_descent(reshuffled):
     net = network(WIDTHS)

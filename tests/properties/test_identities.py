@@ -75,6 +75,7 @@ def test_one_step_of_descent(case, h):
     assert_one_step(net.weights, as_numpy(evaluate(net, data).gradient), h)
 
 
+@pytest.mark.slow
 @given(cases(), STEPS, RATES)
 def test_one_step_of_descent_with_weight_decay(case, h, rate):
     net, data = case

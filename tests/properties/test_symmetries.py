@@ -24,7 +24,7 @@ def imbalance(net, data):
     return evaluate(net, data).imbalance
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rotations", "hidden_changes", "input_scaling", "homogeneity"])
 @given(case=cases(), seed=gt.seeds())
 def test_loss_and_gradient_follow(name, case, seed):
@@ -44,6 +44,7 @@ def test_loss_and_gradient_follow_more_units_and_layers(name, given_, seed):
     gt.assert_equivariant(gradient, name, net, data, seed=seed)
 
 
+@pytest.mark.slow
 @given(cases(kind=whitened), gt.seeds())
 def test_loss_and_gradient_follow_reversal_on_whitened_data(case, seed):
     gt.assert_equivariant(loss, "reversal", *case, seed=seed)
@@ -86,6 +87,7 @@ def test_order_of_samples_does_not_matter(given_):
     assert_close(moved, [g[order] for g in each], scale(net.weights, *each, [data.x, data.y]))
 
 
+@pytest.mark.slow
 @given(cases(kind=samples))
 def test_gradient_is_the_mean_of_the_gradients_of_the_samples(case):
     net, data = case

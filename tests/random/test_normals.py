@@ -126,7 +126,7 @@ def step_of(order: int, h: float, substeps: int) -> tuple[float, float]:
     return 1.0 - c + 0.5 * c**2, amplitude * (1.0 - 0.5 * c)
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "order", "fourth"),
     [
@@ -233,6 +233,7 @@ def test_the_standard_error_of_an_antithetic_mean_is_right(name: str, many_means
     assert abs(np.mean(naive) / spread - 1.0) > allowed
 
 
+@pytest.mark.slow
 def test_pairs_make_the_mean_of_what_is_nearly_odd_more_accurate(many_means: Any):
     """E P: by a factor above 10 in variance, with the same expectation."""
     means, _, naive = (found["end_to_end"] for found in many_means)
@@ -361,7 +362,7 @@ KEEPERS: list[Callable[..., Any]] = [
 ]
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("make", KEEPERS, ids=["paths", "statistics"])
 def test_a_file_knows_what_stood_for_normals(make: Callable[..., Any], tmp_path: Path):
     first = make(steps=20, save=3, replicas=10, observables=["loss"])

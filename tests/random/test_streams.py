@@ -199,6 +199,7 @@ print("single precision works")
 """
 
 
+@pytest.mark.slow
 def test_single_precision():
     """With GRADFLOW_X64=0 everything is float32 and follows the same laws."""
     environment = os.environ | {"GRADFLOW_X64": "0"}

@@ -25,7 +25,7 @@ def sample(features: int = D_IN) -> gf.Regression:
     return gf.Regression.from_samples(x, rng.normal(size=(7, D_OUT)))
 
 
-@pytest.mark.few_cases(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "regularizers"),
     [

@@ -29,6 +29,7 @@ def absolute(weights):
 OWN, DECAY = gf.Penalty(squares, name="squares"), gf.WeightDecay(RATE)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_function():
     def uneven(weights):
         first, second = weights

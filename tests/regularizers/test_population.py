@@ -58,7 +58,7 @@ def one_sample(case, p, labels, inputs, fresh):
     )
 
 
-@pytest.mark.few_cases(4)
+@pytest.mark.few_cases(3)
 @pytest.mark.parametrize("case", [ONE, TWO], ids=["one input", "two inputs"])
 @pytest.mark.parametrize(
     "regularizers",

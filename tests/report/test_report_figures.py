@@ -116,7 +116,7 @@ def words(drawing: Drawing) -> str:
     return "\n".join(text.get_text() for text in drawing.figure.findobj(Text))
 
 
-@pytest.mark.few_cases(2)
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     ("figure", "labels"),
     [

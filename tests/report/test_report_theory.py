@@ -310,6 +310,7 @@ def test_sharpness_is_drawn_with_that_of_the_flattest_minimum(make_study: MakeSt
     assert "No minimum lies below" in drawing.caption
 
 
+@pytest.mark.slow
 def test_automatic_figures_are_written_after_those_of_the_spec(make_study: MakeStudy):
     rates = {"kind": "rates", "title": "Rates"}
     files = draw_figures(study(make_study, LADDER, RATES, LAWS, rates))

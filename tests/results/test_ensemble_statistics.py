@@ -42,7 +42,7 @@ def found() -> EnsembleStatistics:
     return statistics()
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 101, 40, 1])
 def test_statistics_are_those_of_the_paths(chunk: int | None, paths: gf.Trajectory):
     found = statistics(chunk=chunk)
@@ -130,6 +130,7 @@ def test_a_file_brings_everything_back(found: EnsembleStatistics, tmp_path: Path
         EnsembleStatistics.load(run(replicas=2).save(tmp_path / "paths.nc"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_counts_what_was_done():
     def stop(done: float, total: float, message: str) -> None:
         if done > 0.5:
@@ -161,6 +162,7 @@ def test_paths_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch):
     assert memory.host_memory() > 10_000
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_paths():
     """The data of 10 times as many paths, 300 MB, are never held."""
     program = """

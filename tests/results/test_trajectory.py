@@ -94,6 +94,7 @@ def test_dimensions_coordinates_and_units():
     assert data["step"].values.tolist() == [0, 10, 20, 30, 40]
 
 
+@pytest.mark.slow
 def test_reading_it():
     run = noisy_run()
     assert run.replicas == 3
@@ -115,6 +116,7 @@ def test_reading_it():
     )
 
 
+@pytest.mark.slow
 def test_a_single_path_has_no_replica_axis():
     run = flow_run()
     assert run.replicas is None
@@ -178,6 +180,7 @@ def test_repeating_a_run_in_chunks_and_with_uneven_times():
 # On disk
 
 
+@pytest.mark.few_cases(2)
 @every_kind
 def test_a_file_brings_back_every_bit(make: Any, tmp_path: Path):
     run = make()

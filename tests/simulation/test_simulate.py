@@ -54,7 +54,7 @@ def assert_same(run: gf.Trajectory, other: gf.Trajectory, replicas: Any = slice(
 # Replicas
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @by_kind
 def test_replicas_differ_and_do_not_depend_on_how_many_there_are(dynamics: gf.AbstractDynamics):
     ten = simulate(dynamics, replicas=10)
@@ -204,6 +204,7 @@ class StopAt:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_returned():
     whole = simulate(replicas=2, save=301)
     with pytest.warns(InterruptedWarning, match="stopped at t = .* of 15 with 2 of 2 replicas"):
@@ -323,6 +324,7 @@ def test_refuses_values_that_make_no_sense(options: dict, message: str):
         simulate(**options)
 
 
+@pytest.mark.slow
 def test_refuses_things_of_the_wrong_kind():
     """In a process without run-time type checks, which would refuse them first."""
     program = """
@@ -382,6 +384,7 @@ def test_refuses_things_of_the_wrong_kind():
 # Single precision
 
 
+@pytest.mark.slow
 def test_single_precision():
     program = """
         import jax, numpy as np, gradflow as gf

@@ -179,7 +179,7 @@ def test_linear_solver_stops_at_the_tolerance_and_at_no_right_hand_side():
 # Orders
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_order(order: int):
     steps = {2: 0.02, 4: 0.2, 6: 0.5}[order] / np.array([1.0, 2.0])
@@ -211,7 +211,7 @@ def test_error_follows_the_tolerance(order: int):
 # Conservation
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("widths", "order"),
     [(SHAPES[0], 2), (SHAPES[0], 4), (SHAPES[0], 6), (SHAPES[1], 6), (SHAPES[2], 6)],
@@ -272,6 +272,7 @@ def test_a_stiff_linear_equation_gets_the_stability_function(order: int):
 # Failure
 
 
+@pytest.mark.slow
 def test_a_constant_step_without_solution_ends_the_solve():
     # The stage of order 2 would solve Y = 1 + 5 Y^2, which has no real solution.
     run = solve(square, 2, jnp.array([1.0]), None, 10.0, 10.0)
@@ -279,6 +280,7 @@ def test_a_constant_step_without_solution_ends_the_solve():
     assert np.isnan(run.end[0])
 
 
+@pytest.mark.slow
 def test_an_adaptive_step_without_solution_is_tried_again_shorter():
     run = solve(square, 2, jnp.array([1.0]), None, 0.9, 0.9, 1e-7)
     assert run.result == diffrax.RESULTS.successful
@@ -293,6 +295,7 @@ def test_throws_unless_asked_not_to():
         diffrax.diffeqsolve(*arguments)
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("order", [0, 3, 8])
 def test_other_orders_are_refused(order: int):
     with pytest.raises(ValueError, match=f"must be 2, 4 or 6; got {order}"):

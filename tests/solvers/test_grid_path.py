@@ -53,6 +53,7 @@ def test_gives_levy_areas_of_a_unit_step():
         GridBrownianPath(normals[0], (normals[0],) * 3)
 
 
+@pytest.mark.slow
 def test_the_areas_are_those_that_solvers_expect():
     """dX = -X dt + dB in one step of length 1/20, with the area of a finely resolved path.
 

@@ -56,6 +56,7 @@ def test_a_chain_of_solves_costs_what_one_solve_does():
     assert total <= int(steps) + links  # one cut step a link, and no slow starts
 
 
+@pytest.mark.slow
 def test_a_step_cut_short_does_not_shrink_the_next_one():
     """The last step of a link is as long as what was left, the next link starts as planned."""
     _, planned, _ = solve(jnp.array([1.0, 0.0]), *map(jnp.asarray, (0.0, 5.0, 0.0)))

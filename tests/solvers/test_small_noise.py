@@ -45,7 +45,7 @@ def second_moment_error(solver: diffrax.AbstractSolver, dt: float, level: float)
     return float(np.max(np.abs(found - exact)))
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "order"), [(SmallNoise(), 3), (diffrax.Euler(), 2)])
 def test_moments_of_a_step_with_noise_of_the_size_of_its_root(
     solver: diffrax.AbstractSolver, order: int

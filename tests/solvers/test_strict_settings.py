@@ -58,7 +58,7 @@ def end(solver, rates, start, resumable=True):
     return solution.ys["y"][0]
 
 
-@pytest.mark.few_cases(2)
+@pytest.mark.few_cases(1)
 @pytest.mark.filterwarnings("ignore:Complex dtype support")
 @pytest.mark.parametrize("kind", RATES)
 @pytest.mark.parametrize("name", ["DormandPrince853", "Stabilized5", "Switching", "GaussLegendre"])

@@ -86,6 +86,7 @@ def test_processes_find_what_a_thread_finds(load, tmp_path):
     assert together.claims[0].verdict == "holds"
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_processes_and_keeps_what_they_have(load, tmp_path):
     study, prepared = small(load, ENDLESS, NOISY)
     reporter = Watching(lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -15,7 +15,7 @@ def test_the_experiments_are_there():
     assert all(titles().values())
 
 
-@pytest.mark.few_cases(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shipped())
 @pytest.mark.parametrize("short", [False, True])
 def test_they_can_be_built(name, short):

@@ -413,6 +413,7 @@ def test_drift_ratio_sums_steps_or_integrates():
         measure("drift_ratio", make_run(**keys), window=[1.1, 1.2])
 
 
+@pytest.mark.slow
 def test_drift_ratio_error_is_the_spread_of_repeated_experiments():
     rng = np.random.default_rng(3)
     found = []

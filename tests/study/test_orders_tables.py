@@ -164,6 +164,7 @@ def test_a_misspelled_list_of_step_sizes_is_the_only_error(load):
     assert 'step_size: unknown key; did you mean "step_sizes"?' in unknown
 
 
+@pytest.mark.slow
 def test_the_record_of_what_was_not_reached(load, tmp_path):
     study = load(HEAD + TABLE)
     folder = ResultFolder(tmp_path / "out")

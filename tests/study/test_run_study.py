@@ -113,6 +113,7 @@ def test_a_study(load, tmp_path):
             assert np.array_equal(stored["imbalance"], run.trajectory["imbalance"])
 
 
+@pytest.mark.slow
 def test_a_run_with_antithetic_normals(load, tmp_path):
     """Replicas go with the normals of the spec, and its claims have errors of pairs."""
     claim = CLAIM.replace('"flow"', '"noisy"').replace('"max_change"', '"final"')
@@ -237,6 +238,7 @@ def test_warnings_become_notes_of_their_run(load, tmp_path, monkeypatch):
     assert result.runs["flow"].notes == ("rather coarse",)
 
 
+@pytest.mark.slow
 def test_diverged_replicas_are_noted(load, tmp_path):
     text = HEAD + NOISY.replace("step_size = 0.05", "step_size = 5.0")
     result = carry_out(load, text, tmp_path, evaluate=False)

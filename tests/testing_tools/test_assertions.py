@@ -92,6 +92,7 @@ def test_weight_decay_makes_balancedness_decay_at_twice_its_rate():
         gt.assert_conserves(flow, None, problem, NET, t1=2.0, decay=0.6 * (1 + PLANTED))
 
 
+@pytest.mark.slow
 def test_a_quantity_of_ones_own_and_the_size_of_what_is_allowed():
     def trace(net):
         return [np.trace(g) for g in gf.balancedness(net)]
@@ -364,6 +365,7 @@ def test_every_kind_of_difference_is_found(name):
     )
 
 
+@pytest.mark.slow
 def test_sgd_matches_itself_and_not_five_times_the_noise():
     def product(net):
         return net.end_to_end
@@ -395,6 +397,7 @@ def test_constants_match_only_themselves():
         gt.assert_matches_in_distribution(a, a * (1 + PLANTED))
 
 
+@pytest.mark.slow
 def test_samples_that_cannot_be_compared():
     with pytest.raises(ValueError, match="20 or more"):
         gt.assert_matches_in_distribution(normals(0, 10), normals(1))

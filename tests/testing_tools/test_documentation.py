@@ -49,6 +49,7 @@ def test_the_right_gradient_passes(page):
     page["test_gradient_turns_with_the_hidden_units"]()
 
 
+@pytest.mark.slow
 def test_the_planted_error_is_found_and_the_network_shown(failure):
     assert "my_wrong_gradient does not follow hidden_rotations: g_2[" in failure
     shown = re.search(r"^network of widths \(2, 2, 2\):\n(.*?)\nchanged", failure, re.M | re.S)
@@ -68,6 +69,7 @@ def test_the_flow_with_one_layer_twice_as_fast_is_found(page):
     assert "W_1 = [[ 0.5, -1. ]" in text
 
 
+@pytest.mark.slow
 def test_the_test_of_step_sizes_passes(page):
     page["test_descent_stays_near_the_flow"]()
 

@@ -188,6 +188,7 @@ def test_data_of_every_kind_are_drawn():
     assert {(False, True, False), (False, False, False)} <= seen
 
 
+@pytest.mark.slow
 def test_every_kind_of_regularizer_is_drawn():
     data = gf.Regression.from_samples([[1.0], [0.5]], [[1.0], [2.0]])
     seen = set()

@@ -284,6 +284,7 @@ def entries(layers):
             yield one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("discrete", [True, False], ids=["descent", "flow"])
 def test_gradient_noise(discrete):
     """Every weight takes a step of its own: the sum over weights of their changes of G."""

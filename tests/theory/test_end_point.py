@@ -42,6 +42,7 @@ def end_of(problem, net, h, momentum=0.0, **options):
     return found, gf.DeepLinear(found.weights)
 
 
+@pytest.mark.slow
 def test_half_life_of_the_scalar_network_is_a_quadrature():
     found, net = end_of(NOISY, SCALAR, H)
 
@@ -120,6 +121,7 @@ def test_the_flow_stops_at_the_edge_of_stability():
     assert float(found.half_life) == pytest.approx(np.log(2.0) / (2.0 * rate), rel=1e-7)
 
 
+@pytest.mark.slow
 def test_a_path_that_does_not_come_to_rest_says_so(monkeypatch):
     monkeypatch.setattr(end_point, "GIVEN_UP", 3)
     found = slow_end(NOISY, flow_projection(SCALAR, NOISY).weights, H)

@@ -218,7 +218,7 @@ def noise_of_moved(name, layers, directions):
     return total
 
 
-@pytest.mark.few_cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_against_every_draw(name):
     problem, layers = make(name, 1.0)
@@ -313,6 +313,7 @@ def test_no_such_noise():
     assert not has_tangential_noise(problem)
 
 
+@pytest.mark.slow
 def test_width_one_at_a_minimum_has_no_noise_by_dropping():
     """A dropped unit cuts the network, which then has no gradient; Gaussian factors have T^2."""
     data = gf.Regression.whitened([[1.3]])
@@ -324,6 +325,7 @@ def test_width_one_at_a_minimum_has_no_noise_by_dropping():
         np.testing.assert_allclose(found, [[expected]], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_drift_of_noise_that_is_tangential_and_normal():
     """Sum over b of the derivative of the pull-back of column b of the response: complex steps."""
     problem, layers = wide(Dropout(0.1), gf.Minibatch(2), gf.LabelNoise(0.4))

@@ -77,7 +77,7 @@ FITTED = {
 }
 
 
-@pytest.mark.few_cases(2)
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("beta", [0.0, 0.6])
 @pytest.mark.parametrize("name", FITTED)
 def test_the_map_decides_where_all_data_are_fitted(name, beta):
@@ -136,6 +136,7 @@ def test_a_scalar_network_in_closed_form():
         assert not is_stable(problem, layers, part * expected)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("second", [0.0, 1e-12, 1e-6, 1e-4, 0.1])
 def test_an_output_that_is_fitted_counts_like_the_others(second):
     """Residuals 0.1 in output 1; output 2 has the larger weights, so that it is the unstable one.

@@ -76,7 +76,7 @@ def test_classical_limit(name):
         close(velocity(c.problem, c.layers, h, beta, finite_step=False), expected)
 
 
-@pytest.mark.few_cases(2)
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     ("name", "decay"),
     [
@@ -170,6 +170,7 @@ def test_label_noise_descends_a_barrier_at_the_edge_of_stability(name, beta):
     close(velocity(c.problem, c.layers, h, beta), -oracle.tangent_part(c.layers, c.s, slope))
 
 
+@pytest.mark.few_cases(2)
 @pytest.mark.parametrize("name", ["scalar, depth 3", "2-2-2-2", "replacement, depth 3", "2-1-2"])
 def test_velocity_is_tangent_and_keeps_the_end_to_end_matrix(name):
     c = case(name)
@@ -216,7 +217,7 @@ def test_momentum_is_zero_by_default():
 # What the oracle rests on
 
 
-@pytest.mark.few_cases(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("widths", "beta"),
     [((1, 1, 1), 0.9), ((1, 1, 1, 1), 0.0), ((2, 1, 2), 0.5), ((1, 2, 3), 0.0), ((2, 3, 2), 0.0)],
@@ -262,6 +263,7 @@ def test_second_derivatives_of_the_limit_in_closed_form(widths, beta):
             close(got, expected, tolerance=1e-10)
 
 
+@pytest.mark.few_cases(20)
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["2-2-2-2", "1-2-3", *OTHERS])
 def test_change_of_balancedness_from_second_moments_alone(name, beta):
@@ -283,6 +285,7 @@ def test_small_steps_are_classical():
     close(2 * one - two, oracle.classical_drift(c.layers, c.s, columns, 1.0), tolerance=1e-4)
 
 
+@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_prediction_of_simulated_batches(beta):
     """400 paths of 2-2-1 with half batches: G after 4000 (2000) steps, within 4 standard errors.

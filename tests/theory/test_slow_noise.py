@@ -28,7 +28,7 @@ WEIGHTS = (jnp.array([[1.0, 0.4], [0.0, -0.7]]), jnp.array([[1.5, 4.0 / 7.0]]))
 apply, matrix = compiled(tangential_noise), compiled(tangential_factor)
 
 
-@pytest.mark.few_cases(14)
+@pytest.mark.few_cases(11)
 @pytest.mark.parametrize(
     ("data", "regularizers", "expected"),
     [
@@ -98,6 +98,7 @@ def test_variances_add_up_and_levels_scale():
     np.testing.assert_allclose(covariance([GradientNoise(0.4)]), 4.0 * parts[0], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_no_noise_takes_no_normals():
     problem = gf.Problem(NOISY, [gf.LabelNoise(0.5), gf.WeightDecay(0.1)])
     assert tangential_size(problem, WEIGHTS) == 0
