@@ -14,7 +14,6 @@ def net_of(*weights):
     return gf.DeepLinear([[[w]] for w in weights])
 
 
-@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     ("start", "dynamics"),
     [
