@@ -25,7 +25,6 @@ def label_noise_sum(momentum: float) -> float:
     return gained if w2.item() ** 2 > np.sum(w1 * w1) else -gained
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_label_noise_on_two_inputs(momentum: float):
     """The integral over 801 points of the path is the sum over all steps to within a percent."""
@@ -34,7 +33,6 @@ def test_label_noise_on_two_inputs(momentum: float):
     assert found == pytest.approx(label_noise_sum(momentum), rel=0.01)
 
 
-@pytest.mark.slow
 def test_a_scalar_network_keeps_what_label_noise_sees():
     """With one input and output the noise moves D at a rate of D, which descent hardly changes."""
     problem = gf.Problem(gf.Regression.whitened([[1.0]]), [gf.LabelNoise(STD)])

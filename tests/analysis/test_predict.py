@@ -270,7 +270,6 @@ def test_noise_inside_the_network():
     assert still.imbalance_drift == 0.0 and "stands still" in still.reason
 
 
-@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("std", [1e-2, 1e-6])
 def test_weak_noise_is_not_taken_for_none(std: float):
     r"""White inputs and $w_1 w_2 = 1$: $\dot D = -h \sigma^2 D$ halves $D$ in $\log 2/h \sigma^2$.

@@ -291,7 +291,6 @@ def test_a_single_noisy_path_cannot_tell(make_run):
     assert max(rate.local) - min(rate.local) > 0.02 * max(map(abs, rate.local))
 
 
-@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("of", ["replica", "mean"])
 def test_a_change_is_seen_and_none_is_invented(make_run, of):
     rng, trials = np.random.default_rng(10), 200

@@ -134,7 +134,6 @@ def test_polyak_steps_by_hand():
         w = w - min(0.5 * residual**2 / (g @ g), 1.0) * g
 
 
-@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     "regularizers",
     [

@@ -259,7 +259,6 @@ def test_a_drift_of_a_hundred_million_units_of_time_is_followed(save: int):
     np.testing.assert_allclose(run["imbalance"], 3.99 * np.exp(-2e-8 * run.time), rtol=1e-6)
 
 
-@pytest.mark.few_cases(1)
 @pytest.mark.parametrize(
     "dynamics",
     [gf.GradientFlow(), gf.HeavyBallFlow(0.01, 0.5), gf.ModifiedFlow(0.01)],

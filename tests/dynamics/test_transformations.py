@@ -102,7 +102,6 @@ def _of_all_fields(problem: gf.Problem) -> Scalar:
     )
 
 
-@pytest.mark.few_cases(1)
 @pytest.mark.parametrize("name", DATA)
 def test_data_of_a_traced_number_have_its_derivative(name: str):
     """Beside differences of data built of numbers, in NumPy."""

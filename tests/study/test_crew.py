@@ -66,7 +66,6 @@ class Watching(Silent):
         self.stops += 1
 
 
-@pytest.mark.slow
 def test_processes_find_what_a_thread_finds(load, tmp_path):
     """Bit for bit, in the order of the spec; runs that are timed come last, one at a time."""
     study, prepared = small(load, NOISY, RUN, RUN.replace("flow", "untimed"), CLAIM)
