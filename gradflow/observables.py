@@ -209,7 +209,7 @@ LAYER_NAME = re.compile(r"W\d+")
 def register(observable: Observable) -> Observable:
     """Make an observable known by its name: to specs, `simulate` and the command line.
 
-    **Raises:** `ValueError` if the name is taken.
+    **Raises:** `ValueError` if the name is that of one that ships with gradflow.
     """
     _check_name(observable)
     BUILT_IN[observable.name] = observable

@@ -116,7 +116,7 @@ def slow_end(
     return SlowEnd(path.weights, path.time, path.half_life, ending)
 
 
-class _Field(eqx.Module):
+class SlowField(eqx.Module):
     """The slow drift off the manifold, and the speed at which it changes anything."""
 
     problem: Problem
@@ -126,6 +126,7 @@ class _Field(eqx.Module):
     decay: Literal["coupled", "decoupled"] = eqx.field(static=True)
 
     def velocity(self, at: Weights) -> Weights:
+        """The slow drift at the nearest minimum."""
         options: dict[str, Any] = {"finite_step": self.finite_step, "decay": self.decay}
         on = retract(at, output_loss(self.problem))
         return slow_drift(self.problem, on, self.step_size, self.momentum, **options)
@@ -141,7 +142,7 @@ def _begun(
     problem: Problem, weights: Weights, step_size: Scalar, momentum: Scalar | None, **options: Any
 ) -> tuple["_Path", Scalar, Scalar]:
     """The path at its start, the force that drives it, and the time in which that changes it."""
-    field = _Field(problem, step_size, momentum, **options)
+    field = SlowField(problem, step_size, momentum, **options)
     force = driving_force(problem, weights, step_size, momentum, field.finite_step)
     own_time = _norm(weights) / force
     start = imbalance(DeepLinear(weights))
@@ -166,7 +167,7 @@ def _stretch(
     problem: Problem, path: "_Path", step_size: Scalar, momentum: Scalar | None, **options: Any
 ) -> "_Path":
     """The path one stretch further, or as far as the steps of a call go."""
-    field = _Field(problem, step_size, momentum, **options)
+    field = SlowField(problem, step_size, momentum, **options)
 
     @jax.jit  # the solver asks for it in many places, and it takes long to trace
     def velocity(t: Any, at: Weights, args: None) -> Weights:

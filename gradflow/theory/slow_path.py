@@ -11,8 +11,7 @@ from gradflow.backend.types import Scalar, Weights
 from gradflow.geometry.base import output_loss
 from gradflow.geometry.manifold import retract
 from gradflow.problem import Problem
-from gradflow.theory.end_point import ATOL, RTOL, STILL, driving_force
-from gradflow.theory.slow_drift import slow_drift
+from gradflow.theory.end_point import ATOL, RTOL, STILL, SlowField, driving_force
 
 SHORTEST = 1e-13
 """Shortest step, as a share of the time to go."""
@@ -33,29 +32,31 @@ def slow_point(
 ) -> tuple[Weights, Bool[Array, ""]]:
     r"""The weights that $\dot W = \text{slow\_drift}(W)$ reaches from a minimum in a flow time.
 
-    Once the path stands still it is not followed any further, so that a time costs no more than the
-    way to the stationary point.
+    Once the path stands still, up to rotations of the hidden units (`slow_end`), it is not followed
+    any further, so that a time costs no more than the way to the stationary point.
 
     **Arguments:** as for `slow_drift`, with `weights` on the minima manifold, and `time` > 0. May
     be compiled.
 
     **Returns:** the weights, on the manifold, and whether the path got there: not if it came to
-    where training about the minima is not stable.
+    where training about the minima is not stable, or after `MOST_STEPS`.
     """
     loss = output_loss(problem)
     stop = jnp.asarray(time, loss.s.dtype)
 
+    law = jnp.asarray(step_size), None if momentum is None else jnp.asarray(momentum)
+    field = SlowField(problem, *law, finite_step, decay)
+
     @jax.jit  # the solver asks for it in many places, and it takes long to trace
     def velocity(t: Any, at: Weights, args: None) -> Weights:
         del t, args
-        options: dict[str, Any] = {"finite_step": finite_step, "decay": decay}
-        return slow_drift(problem, retract(at, loss), step_size, momentum, **options)
+        return field.velocity(at)
 
     force = driving_force(problem, weights, step_size, momentum, finite_step)
 
     def ended(t: Any, y: Weights, args: None, **kwargs: Any) -> Bool[Array, ""]:
         del args, kwargs
-        return _norm(velocity(t, y, None)) <= STILL * force
+        return field.speed(y, velocity(t, y, None)) <= STILL * force
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(velocity),

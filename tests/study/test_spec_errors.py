@@ -371,3 +371,13 @@ def test_names_of_other_tools_are_understood(given, meant):
     assert suggestion(given, allowed) == f'did you mean "{meant}"? '
     assert suggestion("momentum", ("momentun", "decay")) == 'did you mean "momentun"? '
     assert suggestion("quantum", allowed) == ""
+
+
+def test_what_a_class_says_stands_at_the_key_it_names(errors):
+    text = HEAD + RUN.replace(
+        '{ kind = "GradientFlow" }',
+        '{ kind = "GradientDescent", step_size = 0.1, decay = "{x}" }',
+    )
+    assert errors(text) == [
+        "spec.toml:10: run \"flow\", dynamics.decay: must be 'coupled' or 'decoupled'; got '{x}'"
+    ]

@@ -24,7 +24,7 @@ from gradflow.network import DeepLinear
 from gradflow.problem import Problem
 from gradflow.theory.end_point import Ending, driving_force, slow_end
 from gradflow.theory.slow_noise import NEGLIGIBLE, tangential_noise, tangential_size
-from gradflow.theory.slow_path import slow_point, slow_points
+from gradflow.theory.slow_path import MOST_STEPS, slow_point, slow_points
 from gradflow.theory.spread import imbalance_variance_rate
 
 Theory: TypeAlias = Literal["leading_order", "finite_step"]
@@ -39,6 +39,12 @@ STILL = 1e-10
 
 ROUNDING = 1e-15
 """The same, relative to the curvature times |W|."""
+
+
+_LOST = (
+    "on its way training about the minima becomes unstable, where the theory ends, or it takes "
+    f"more than {MOST_STEPS:,} steps of the solver; simulate SlowFlow, which says which"
+)
 
 
 def rounded_speed(force: Any, curvature: Any, size: Any) -> Any:
@@ -173,13 +179,10 @@ class RateLaw:
         net = self.limit
         if when > 0.0 and not self._rests:
             weights, arrived = _slow_point(*self._start(jnp.asarray(when)), **self._options())
-            if not bool(arrived) and self.end is not None:
+            if not bool(arrived) and self.end is not None and when >= self._followed[3]:
                 weights = self.end.net.weights  # so late that time has no digits for a step
             elif not bool(arrived):
-                raise ValueError(
-                    f"at: the slow flow does not get to t = {when:g}: on its way training about "
-                    "the minima becomes unstable, and the theory ends."
-                )
+                raise ValueError(f"at: the slow flow does not get to t = {when:g}: {_LOST}.")
             net = DeepLinear(weights)
         return SlowPoint(when, self._steps(when), float(imbalance(net)), net)
 
@@ -196,10 +199,7 @@ class RateLaw:
         weights, arrived = _slow_points(*self._start(jnp.asarray(wanted)), **self._options())
         if not np.all(arrived):
             first = wanted[int(np.argmin(np.asarray(arrived)))]
-            raise ValueError(
-                f"imbalances: the slow flow does not get to t = {first:g}: on its way training "
-                "about the minima becomes unstable, and the theory ends."
-            )
+            raise ValueError(f"imbalances: the slow flow does not get to t = {first:g}: {_LOST}.")
         return np.asarray(jax.vmap(lambda w: imbalance(DeepLinear(w)))(weights))
 
     @property
@@ -226,17 +226,18 @@ class RateLaw:
         return time / self.step_size if self.step_size > 0.0 else math.nan
 
     @cached_property
-    def _followed(self) -> tuple[float, EndPoint | None, str]:
-        """Half-life, end point and why there is none."""
+    def _followed(self) -> tuple[float, EndPoint | None, str, float]:
+        """Half-life, end point, why there is none, and the flow time at which it is reached."""
         if why := self._no_path:
-            return math.nan, None, why
+            return math.nan, None, why, math.nan
         if self._rests:
-            return math.inf, end_point(self.problem, self.limit), ""
+            return math.inf, end_point(self.problem, self.limit), "", 0.0
         found = slow_end(*self._start(), **self._options())
         half_life = float(found.half_life)
         if bool(found.ending != Ending.still):
-            return half_life, None, str(Ending[found.ending])
-        return half_life, end_point(self.problem, DeepLinear(found.weights)), ""
+            return half_life, None, str(Ending[found.ending]), math.nan
+        end = end_point(self.problem, DeepLinear(found.weights))
+        return half_life, end, "", float(found.time)
 
     def _start(self, *time: Array) -> tuple[Any, ...]:
         """Arguments of the functions that follow the slow flow; arrays, so as not to recompile."""

@@ -72,7 +72,7 @@ def located(
     """Errors inside a table, which pydantic reports at the place of the table."""
     details = [
         InitErrorDetails(
-            type=PydanticCustomError(kind, message.replace("{", "{{").replace("}", "}}"), context),  # pyright: ignore[reportArgumentType]
+            type=PydanticCustomError(kind, message, context),  # pyright: ignore[reportArgumentType]
             loc=place,
             input=given,
         )
